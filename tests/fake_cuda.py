@@ -37,8 +37,8 @@ from transformers.initialization import no_init_weights
 import tinyllama_lab
 from benchmarks.tinyllama import architecture
 from tests.llamas import Words
-from tinyllama_lab.core.engines.packed import engine, fused, varlen
-from tinyllama_lab.core.engines.packed.segments import Place, Segments
+from tinyllama_lab.core.engines.packed import fused
+from tinyllama_lab.core.engines.packed.segments import ModuleColumns, Segments
 from tinyllama_lab.core.models.loading import Base, count_parameters
 
 aten: Any = torch.ops.aten
@@ -236,8 +236,7 @@ def fake_cuda(card: FakeCard) -> Iterator[Syncs]:
 
 def _check_launches(patch: pytest.MonkeyPatch) -> None:
     """Let every card have the kernels, and check the tensors that they are launched with."""
-    for module in (engine, fused, varlen):
-        patch.setattr(module, "works_on", lambda device, dtype: True)
+    patch.setattr(fused, "works_on", lambda device, dtype: True)
     patch.setattr(FakeTensor, "data_ptr", lambda self: self.untyped_storage()._cdata)
 
     def launch(kernel: str, grid: tuple[int, ...], *arguments: Any, **_: Any) -> None:
@@ -247,15 +246,15 @@ def _check_launches(patch: pytest.MonkeyPatch) -> None:
         assert len(halves) == 1 and min(grid) > 0, (kernel, halves, grid)
 
     def launch_lora(
-        self: Segments, name: str, grid: tuple[int, ...], place: Place, arguments: Any, is_b: bool
+        self: Segments, name: str, grid: tuple[int, ...], columns: ModuleColumns, *rest: Any
     ) -> None:
-        outside = [x for x in arguments if isinstance(x, torch.Tensor) and x.dim() == 2]
-        inner = [x for x in arguments if isinstance(x, torch.Tensor) and x.dim() == 3]
-        width = int(place.starts.shape[0])  # the columns of every module, and the inputs
-        assert width == len(place.numbers) + 2 and min(grid) > 0
+        outside = [x for x in rest[0] if isinstance(x, torch.Tensor) and x.dim() == 2]
+        inner = [x for x in rest[0] if isinstance(x, torch.Tensor) and x.dim() == 3]
+        # where the columns of every module begin and end, and the inputs
+        assert len(columns.starts) == len(columns.numbers) + 2 and min(grid) > 0
         assert all(x.is_cuda and x.stride(1) == 1 for x in outside), name
         for x in inner:
-            assert x.is_cuda and x.shape[1] == len(place.numbers), name
+            assert x.is_cuda and x.shape[1] == len(columns.numbers), name
             assert x.dtype == outside[0].dtype, f"{name} of dtypes {x.dtype}, {outside[0].dtype}"
             assert len(x) == len(outside[0]), name
 

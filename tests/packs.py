@@ -199,6 +199,7 @@ class Wrapped:
     def __init__(self, inside: Engine[Any]) -> None:
         self.inside = inside
         self.max_concurrent = inside.max_concurrent
+        self.grows_evenly = inside.grows_evenly
         self.adapters: list[Adapter] = []  # those on the base now, oldest first
         self.added: list[Adapter] = []  # all there ever were
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from math import inf, isfinite
 from typing import Any
 
 import torch
@@ -70,43 +72,51 @@ def _trained(pack: Pack, reference: Reference) -> list[list[float]]:
 
 def peft_losses(base: Base, trials: Sequence[Science], reference: Reference) -> list[list[float]]:
     """Train the trials one after the other with PEFT and AdamW."""
-    found = []
+    losses = []
     for trial in trials:
         loop = PeftLoop(base, trial, reference.steps)
-        found.append(loop.losses(reference.examples))
+        losses.append(loop.losses(reference.examples))
         loop.close()
-    return found
+    return losses
 
 
-def difference(found: list[list[float]], expected: list[list[float]]) -> float:
-    """Return the largest relative difference of losses; extra ones of either are ignored."""
+def difference(losses: list[list[float]], expected: list[list[float]]) -> float:
+    """Return the largest relative difference; infinity if any loss is not finite.
+
+    Extra losses of either side, such as those of held-out rows, are ignored.
+    """
     pairs = [
         (a, b)
-        for left, right in zip(found, expected, strict=True)
+        for left, right in zip(losses, expected, strict=True)
         for a, b in zip(left, right, strict=False)
     ]
-    return max(abs(a - b) / abs(b) if a == a else float("inf") for a, b in pairs)
+    return max(abs(a - b) / abs(b) if isfinite(a - b) else inf for a, b in pairs)
 
 
-def checks(extent: Extent, device: str) -> Iterator[Check]:
-    """Yield all comparisons, the most telling ones first."""
-    reference = Reference(extent, device)
-    yield from _full_precision(reference)
-    yield from _half(reference, "bf16", 2e-2)
-    yield from _deterministic(reference)
+Checks = Callable[[Reference], Iterator[Check]]
+
+
+def groups(device: str) -> dict[str, Checks]:
+    """Return groups of comparisons that do not need each other, the most telling ones first."""
+    wanted: dict[str, Checks] = {
+        "fp32": _full_precision,
+        "bf16": partial(_half, precision="bf16", allowed=2e-2),
+        "deterministic": _deterministic,
+    }
     if device == "cuda":
-        yield from _half(reference, "fp16", 5e-3)
+        wanted["fp16"] = partial(_half, precision="fp16", allowed=5e-3)
     if importlib.util.find_spec("bitsandbytes"):
-        yield from _quantized(reference)
+        wanted |= {"nf4": _nf4, "int8": _int8}
+    return wanted
 
 
 def _full_precision(reference: Reference) -> Iterator[Check]:
     base = reference.shape.base(reference.device, "fp32")
-    found = packed_losses(base, reference.trials, reference)
+    losses = packed_losses(base, reference.trials, reference)
     # 12 steps at high learning rates amplify the other order of sums
-    yield Check("fp32 packed, to fp32 on the CPU", difference(found, reference.losses), 5e-5)
+    yield Check("fp32 packed, to fp32 on the CPU", difference(losses, reference.losses), 5e-5)
     expected = peft_losses(base, reference.trials, reference)
-    yield Check("fp32 packed, to PEFT and AdamW", difference(found, expected), 1e-5)
+    yield Check("fp32 packed, to PEFT and AdamW", difference(losses, expected), 1e-5)
     yield from _inference(reference, base)
 
 
@@ -138,7 +148,7 @@ def _half(reference: Reference, precision: str, allowed: float) -> Iterator[Chec
     expected = peft_losses(base, reference.trials, reference)
     yield Check(f"{precision} packed, to PEFT and AdamW", difference(together, expected), allowed)
     if reference.device == "cuda":
-        plain = packed_losses(base, reference.trials, reference, kernels=False)
+        plain = packed_losses(base, reference.trials, reference, triton=False)
         yield Check(f"{precision} kernels, to matmuls", difference(together, plain), allowed)
 
 
@@ -157,17 +167,20 @@ def _deterministic(reference: Reference) -> Iterator[Check]:
     yield Check("bf16 deterministic, packed to alone", difference(together, alone), 0.0)
 
 
-def _quantized(reference: Reference) -> Iterator[Check]:
+def _nf4(reference: Reference) -> Iterator[Check]:
     base = reference.shape.base(reference.device, "bf16", "nf4")
     expected = peft_losses(base, reference.trials, reference)
-    found = packed_losses(base, reference.trials, reference)
-    yield Check("nf4 packed, to PEFT and AdamW", difference(found, expected), 2e-2)
+    losses = packed_losses(base, reference.trials, reference)
+    yield Check("nf4 packed, to PEFT and AdamW", difference(losses, expected), 2e-2)
     kept = packed_losses(base, reference.trials, reference, keep_dequantized=True)
-    yield Check("nf4, to a kept dequantized copy", difference(kept, found), 2e-3)
+    yield Check("nf4, to a kept dequantized copy", difference(kept, losses), 2e-3)
+
+
+def _int8(reference: Reference) -> Iterator[Check]:
     base = reference.shape.base(reference.device, "bf16", "int8")
     expected = peft_losses(base, reference.trials, reference)
-    found = [
+    losses = [
         _trained(Pack(PeftEngine(base), base, [trial], reference.examples, 2048), reference)[0]
         for trial in reference.trials
     ]
-    yield Check("int8, to PEFT and AdamW", difference(found, expected), 2e-2)
+    yield Check("int8, to PEFT and AdamW", difference(losses, expected), 2e-2)

@@ -26,6 +26,7 @@ class PeftLoop:
     def __init__(self, base: Base, science: Science, steps: int) -> None:
         self.base, self.science, self.steps = base, science, steps
         self.model: Any = lora.attach(base.model, science.lora, science.seed)
+        self.model.train()  # Liger's fused loss runs in training alone
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=science.train.lr, weight_decay=0.0, fused=True

@@ -19,12 +19,13 @@ from tinyllama_lab.core.engines.packed.engine import PackedEngine
 from tinyllama_lab.core.meter import PeakMemory
 from tinyllama_lab.core.models.loading import Base
 
-# Liger's kernels and torch.compile, in the order of what they tell
+# Liger's kernels and torch.compile. Liger comes last, because it changes the modules of
+# transformers, and so every model that the process loads after it.
 PEERS = {
     "P3": (False, False),
-    "P3 + Liger + compile": (True, True),
     "P3 + compile": (False, True),
     "P3 + Liger": (True, False),
+    "P3 + Liger + compile": (True, True),
 }
 _ENDLESS = 10_000  # steps, so that the learning rate hardly changes
 
@@ -109,17 +110,17 @@ def pack(base: Base, extent: Extent, size: int, count: int) -> Pack:
 def ours(base: Base, extent: Extent, meter: Meter, size: int, count: int) -> Point:
     """Measure one pack."""
     _reset()
-    made = pack(base, extent, size, count)
+    packed = pack(base, extent, size, count)
     try:
         begin = time.perf_counter()
-        made.train(extent.warm_up)
+        packed.train(extent.warm_up)
         warm_up_s = time.perf_counter() - begin
-        rounds = made.train(extent.least_rounds)
+        rounds = packed.train(extent.least_rounds)
         while sum(rounds.seconds) < extent.least_s:
-            rounds.add(made.train(extent.least_rounds))
+            rounds.add(packed.train(extent.least_rounds))
         return meter.point("ours", count, size, rounds, warm_up_s)
     finally:
-        made.close()
+        packed.close()
 
 
 def peer_base(extent: Extent, device: str, arm: str) -> Base:
@@ -136,15 +137,16 @@ def peer(base: Base, extent: Extent, meter: Meter, arm: str, size: int) -> Point
     """Measure one adapter with PEFT."""
     examples = rows(extent.rows, extent.row_tokens, extent.measured.vocabulary)
     steps = by_length(examples, size)
-    # evenly over all lengths, and some of the same steps before them to warm up
+    # evenly over all lengths, and as many steps as of every other size
     counted = steps[:: max(1, len(steps) // extent.peer_steps)]
+    counted *= max(1, extent.peer_steps // len(counted))
     _reset()
     loop = PeftLoop(base, science_of(Adapter(16, "all_linear", 1e-4, 0), size, _ENDLESS), _ENDLESS)
     try:
         if PEERS[arm][1]:
             _compile(base)
         begin = time.perf_counter()
-        loop.measure(counted[::4])
+        loop.measure([*counted[::4], steps[-1]])  # the longest too, so that memory is allocated
         warm_up_s = time.perf_counter() - begin
         return meter.point(arm, 1, size, loop.measure(counted), warm_up_s)
     finally:

@@ -181,7 +181,7 @@ BRANCHES: dict[str, tuple[list[LoraConfig], dict[str, Any]]] = {
     "one adapter": ([settings(r=64)], {}),
     "rslora": ([settings(r=8, variant="rslora"), settings(r=32, targets="mlp")], {}),
     "dropout": ([settings(dropout=0.1), settings(r=16, targets="attention_qv")], {}),
-    "no kernels": (MIXED, {"kernels": False}),
+    "no kernels": (MIXED, {"triton": False}),
     "deterministic": (MIXED, {"mixed": False}),
 }
 

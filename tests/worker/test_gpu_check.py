@@ -57,6 +57,19 @@ def test_a_wrong_gradient_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     wrong = correctness.packed_losses(base, reference.trials, reference)
     assert correctness.difference(wrong, reference.losses) > 1e-5
     assert not correctness.Check("", float("nan"), 1.0).holds
+    assert correctness.difference([[1.0, 1.0]], [[1.0, float("nan")]]) == float("inf")
+
+
+def test_a_pack_that_does_not_fit_is_skipped_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_large(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("benchmarks.gpu.throughput.ours", too_large)
+    status, values = rehearse(tmp_path / "gpu.json", "--only", "throughput")
+    assert status == 0
+    assert "2 adapters, 1 rows per step: it does not fit" in values["skipped"][0]
 
 
 def test_an_error_of_one_part_is_recorded_and_the_others_run(
@@ -68,15 +81,15 @@ def test_an_error_of_one_part_is_recorded_and_the_others_run(
     monkeypatch.setattr("benchmarks.gpu.throughput.ours", broken)
     status, values = rehearse(tmp_path / "gpu.json", "--only", "throughput,peers")
     assert status == 1
-    assert values["failed"] == [
-        {"what": "throughput", "error": "RuntimeError: no kernel image is available"}
-    ]
+    assert {one["error"] for one in values["failed"]} == {
+        "RuntimeError: no kernel image is available"
+    }
     assert [point["arm"] for point in values["throughput"]] == ["P3"]
 
 
 def test_the_command_ends_when_its_time_is_over(tmp_path: Path) -> None:
     status, values = rehearse(tmp_path / "gpu.json", "--minutes", "0.0005")
-    assert status == 0
+    assert status == 1  # nothing was compared
     assert any("the time was over" in text for text in values["skipped"])
     assert "throughput" not in values
 

@@ -14,7 +14,7 @@ from tests.llamas import base_of, example, examples, gradients, items_of, llama,
 from tests.worker.test_packed_linear import Named, nonzero_adapters, peft_gradients, same
 from tinyllama_lab.config.schema import LoraConfig
 from tinyllama_lab.core.engines.base import WorkItem
-from tinyllama_lab.core.engines.packed import fused, segments
+from tinyllama_lab.core.engines.packed import fused
 from tinyllama_lab.core.engines.packed.batch import lay_out
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
 from tinyllama_lab.core.engines.packed.segments import Segments
@@ -55,7 +55,7 @@ def trained(engine: PackedEngine, configs: Sequence[LoraConfig]) -> tuple[Any, l
 @interpreted
 def test_losses_and_gradients_are_those_of_peft() -> None:
     base = base_of(llama(num_hidden_layers=1))
-    losses, found = trained(PackedEngine(base, kernels=True), CONFIGS)
+    losses, found = trained(PackedEngine(base, triton=True), CONFIGS)
     engine = PackedEngine(base)
     for number, adapter in enumerate(nonzero_adapters(engine, CONFIGS)):
         rows = examples(length + number for length in LENGTHS)
@@ -69,8 +69,8 @@ def test_losses_and_gradients_are_those_of_peft() -> None:
 def test_generated_tokens_are_those_without_kernels() -> None:
     base = base_of(llama(num_hidden_layers=1))
     written = []
-    for kernels in (True, False):
-        engine = PackedEngine(base, kernels=kernels)
+    for triton in (True, False):
+        engine = PackedEngine(base, triton=triton)
         adapters = nonzero_adapters(engine, CONFIGS[:2])
         items = [item for a in (None, *adapters) for item in items_of(a, [example(9, prompt=5)])]
         written.append(engine.generate(items, 4, stop=False))
@@ -79,7 +79,7 @@ def test_generated_tokens_are_those_without_kernels() -> None:
 
 @interpreted
 def test_an_adapter_of_nan_does_not_change_the_others() -> None:
-    engine = PackedEngine(base_of(llama(num_hidden_layers=1)), kernels=True)
+    engine = PackedEngine(base_of(llama(num_hidden_layers=1)), triton=True)
     good, bad = nonzero_adapters(engine, CONFIGS[:2])
     rows = examples(LENGTHS)
     engine.example_losses(items_of(good, rows)).sum().backward()
@@ -95,7 +95,7 @@ def test_an_adapter_of_nan_does_not_change_the_others() -> None:
 
 @pytest.mark.parametrize("config", [settings(dropout=0.1), settings(r=129)])
 def test_dropout_and_very_high_ranks_go_without_kernels(config: LoraConfig) -> None:
-    engine = PackedEngine(base_of(llama(num_hidden_layers=1)), kernels=True)
+    engine = PackedEngine(base_of(llama(num_hidden_layers=1)), triton=True)
     adapters = nonzero_adapters(engine, [CONFIGS[0], config])
     rows = examples(LENGTHS)
     items = [item for a in adapters for item in items_of(a, rows, 0, 1)]
@@ -104,7 +104,7 @@ def test_dropout_and_very_high_ranks_go_without_kernels(config: LoraConfig) -> N
 
 
 def test_adapters_that_share_no_matmul_go_without_kernels() -> None:
-    engine = PackedEngine(base_of(llama()), mixed=False, kernels=True)
+    engine = PackedEngine(base_of(llama()), mixed=False, triton=True)
     items = items_of(nonzero_adapters(engine, CONFIGS[:1])[0], examples(LENGTHS))
     assert lay_out(items, torch.device("cpu")).segments is None
 
@@ -112,7 +112,7 @@ def test_adapters_that_share_no_matmul_go_without_kernels() -> None:
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_kernels_are_tried_before_they_are_used(dtype: torch.dtype) -> None:
-    assert segments.works_on.__wrapped__(torch.device("cpu"), dtype)
+    assert fused._works_on.__wrapped__(torch.device("cpu"), dtype)
 
 
 @interpreted
@@ -130,10 +130,10 @@ def test_kernels_that_fail_or_are_wrong_are_not_used(
 
     device, original = torch.device("cpu"), Segments._expand
     monkeypatch.setattr(Segments, "_expand", doubled)
-    assert not segments.works_on.__wrapped__(device, torch.float32)
-    assert "wrong by" in caplog.text
+    assert not fused._works_on.__wrapped__(device, torch.float32)
+    assert "are wrong" in caplog.text
     monkeypatch.setattr(Segments, "_launch", failing)
-    assert not segments.works_on.__wrapped__(device, torch.float32)
+    assert not fused._works_on.__wrapped__(device, torch.float32)
     assert "PTX of this card is not supported" in caplog.text
 
 

@@ -70,6 +70,10 @@ class Engine(Protocol[A]):
 
     max_concurrent: int | None  # how many adapters it can hold; None leaves it to memory
 
+    @property
+    def grows_evenly(self) -> bool:
+        """Return whether what backward keeps is in proportion to the tokens of a row."""
+
     def add(self, config: LoraConfig, seed: int) -> A:
         """Add a new adapter, whose initial values the seed decides."""
 

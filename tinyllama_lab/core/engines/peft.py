@@ -99,6 +99,7 @@ class PeftEngine:
     """Runs at most one adapter at a time in transformers' own forward pass."""
 
     max_concurrent: int | None = 1
+    grows_evenly = False  # some memory is kept once, however many tokens there are
 
     def __init__(self, base: Base) -> None:
         self._base = base

@@ -27,7 +27,7 @@ from tinyllama_lab.metrics import MIB
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 SHARE = 0.85  # of the free memory; the rest is for other programs and fragmentation
 FEWEST_TOKENS = 256  # smaller micro-batches waste more time than a smaller pack
-MEASURED_TOKENS = 256  # of an example on a GPU, where attention keeps as much for every token
+MEASURED_TOKENS = 256  # of an example, where every token keeps as much
 BLOCKS_IN_HAND = 2  # gradients of the block in backward, in units of its kept activations
 HEAP_SLACK = 1.25  # tensors of changing sizes leave gaps in the C library's heap
 LOGITS_MIB = 3 * 64  # one chunk of logits, and what its matmuls and softmax need
@@ -74,7 +74,7 @@ class Planner:
             if storage.data_ptr() not in weights:
                 storages[storage.data_ptr()] = storage
 
-        if self._context.base.device.type == "cuda":
+        if self._engine.grows_evenly:
             # kept activations may take more memory here than training with checkpointing will
             last = slice(-MEASURED_TOKENS, None)
             example = replace(example, ids=example.ids[last], loss_mask=example.loss_mask[last])

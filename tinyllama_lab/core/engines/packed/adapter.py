@@ -200,8 +200,8 @@ def table_row(
     """
     (bits,) = struct.unpack("<i", struct.pack("<f", scaling))
     row = [weights.data_ptr(), gradients.data_ptr(), layout.rank, bits]
-    places = [-1] * (2 * len(numbers))
+    begins = [-1] * (2 * len(numbers))
     for name, offsets in layout.offsets.items():
-        places[2 * numbers[name]] = offsets.a
-        places[2 * numbers[name] + 1] = offsets.b
-    return torch.tensor([*row, *places], dtype=torch.int64).to(weights.device)
+        begins[2 * numbers[name]] = offsets.a
+        begins[2 * numbers[name] + 1] = offsets.b
+    return torch.tensor([*row, *begins], dtype=torch.int64).to(weights.device)

@@ -11,12 +11,13 @@ import torch
 
 from tinyllama_lab.config.schema import LoraConfig
 from tinyllama_lab.core.engines.base import ADAPTER_BYTES, WorkItem, by_adapter
+from tinyllama_lab.core.engines.packed import fused
 from tinyllama_lab.core.engines.packed.adapter import PackedAdapter, Storage
 from tinyllama_lab.core.engines.packed.batch import lay_out
 from tinyllama_lab.core.engines.packed.decode import decode
 from tinyllama_lab.core.engines.packed.layout import Layout
 from tinyllama_lab.core.engines.packed.llama import FrozenLlama
-from tinyllama_lab.core.engines.packed.segments import works_on
+from tinyllama_lab.core.engines.packed.varlen import can_run
 from tinyllama_lab.core.engines.sampling import TokenSampling
 from tinyllama_lab.core.models import lora
 from tinyllama_lab.core.models.loading import Base
@@ -33,7 +34,7 @@ class PackedEngine:
         base: Base,
         mixed: bool = True,
         keep_dequantized: bool = False,
-        kernels: bool | None = None,
+        triton: bool | None = None,
     ) -> None:
         """Prepare the base.
 
@@ -42,14 +43,14 @@ class PackedEngine:
             mixed: let adapters share matmuls. If False, results are bitwise independent of the
                 pack.
             keep_dequantized: keep a dequantized copy of 4-bit weights.
-            kernels: use the Triton kernels of `triton_lora`; None uses them on GPUs. Dropout
-                and adapters that do not share matmuls never use them.
+            triton: use the kernels of `triton_lora`; None uses them on GPUs. Batches with
+                dropout and adapters that share no matmul never use them.
         """
         self._base = base
         self._mixed = mixed
-        if kernels is None:
-            kernels = base.device.type == "cuda" and works_on(base.device, base.dtype)
-        self._kernels = mixed and kernels
+        if triton is None:
+            triton = base.device.type == "cuda" and fused.works_on(base.device, base.dtype)
+        self._triton = mixed and triton
         self._cache_mib = _cache_mib(base.device)
         self.llama = FrozenLlama(base.model, base.dtype, keep_dequantized)
         self._last_initial: tuple[tuple[LoraConfig, int], Any, dict[str, torch.Tensor]] | None
@@ -61,7 +62,7 @@ class PackedEngine:
         layout = Layout(config.r, _shapes(initial))
         storage = Storage.new(layout.size, self._base.dtype, self._base.device)
         adapter = PackedAdapter(layout, storage, settings, initial, seed)
-        if self._kernels:
+        if self._triton:
             adapter.use_kernels(self.llama.module_numbers)
         return adapter
 
@@ -103,6 +104,11 @@ class PackedEngine:
     ) -> list[list[WorkItem[PackedAdapter]]]:
         """Return all items as one group, or one group per adapter if `mixed` is False."""
         return [list(items)] if self._mixed else by_adapter(items)
+
+    @property
+    def grows_evenly(self) -> bool:
+        """Return whether attention keeps as much for every token, however long the row."""
+        return can_run(self._base.device, self._base.dtype)
 
     def checkpoint_activations(self, enabled: bool) -> None:
         """Turn recomputing the activations of every block in backward on or off."""

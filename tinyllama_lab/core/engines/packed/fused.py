@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import logging
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.nn import functional
 
-from tinyllama_lab.core.engines.packed.segments import works_on
+from tinyllama_lab.core.engines.packed.adapter import AdapterSpan, table_row
+from tinyllama_lab.core.engines.packed.layout import Layout
+from tinyllama_lab.core.engines.packed.segments import (
+    ModuleColumns,
+    Segments,
+    next_power_of_two,
+)
+
+logger = logging.getLogger(__name__)
 
 _BLOCK = 1024  # elements of a program
+_TOLERANCE = 0.02  # a few roundings to bfloat16
 
 
 def can_run(*tensors: torch.Tensor) -> bool:
@@ -27,7 +41,9 @@ def rms_norm(
     result = torch.empty_like(source)
     rstd = source.new_empty(rows, 1, dtype=torch.float32)
     sizes = (size, eps)
-    _launch("norm_forward", (rows,), source, weight, result, rstd, *sizes, SIZE=_power(size))
+    _launch(
+        "norm_forward", (rows,), source, weight, result, rstd, *sizes, SIZE=next_power_of_two(size)
+    )
     return result, rstd
 
 
@@ -38,7 +54,7 @@ def rms_norm_backward(
     rows, size = source.shape
     result = torch.empty_like(source)
     tensors = (grad.contiguous(), source, rstd, weight, result)
-    _launch("norm_backward", (rows,), *tensors, size, SIZE=_power(size))
+    _launch("norm_backward", (rows,), *tensors, size, SIZE=next_power_of_two(size))
     return result
 
 
@@ -92,6 +108,106 @@ def _launch(kernel: str, grid: tuple[int, ...], *arguments: Any, **sizes: int) -
     getattr(triton_steps, kernel)[grid](*arguments, **sizes, num_warps=4)
 
 
-def _power(value: int) -> int:
-    """Return the smallest power of two that is at least `value`."""
-    return 1 << (value - 1).bit_length()
+def works_on(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether Triton's kernels run on a device and give the right numbers.
+
+    Triton may be missing, or not support an older card: then PyTorch's own operators give the
+    same numbers up to rounding, slower. The log says why.
+    """
+    # `cuda` is the same device as `cuda:0`
+    return _works_on(torch.device(device.type, device.index or 0), dtype)
+
+
+@functools.cache
+def _works_on(device: torch.device, dtype: torch.dtype) -> bool:
+    if importlib.util.find_spec("triton") is None:
+        return False
+    try:
+        differences = {**_lora_differences(device, dtype), **_step_differences(device, dtype)}
+    except torch.OutOfMemoryError:
+        raise  # it says nothing about the kernels
+    except Exception as error:  # a compiler's errors have no common class
+        logger.warning("Triton kernels do not run on this GPU, training is slower: %s", error)
+        return False
+    wrong = {name: value for name, value in differences.items() if not value < _TOLERANCE}
+    if wrong:
+        logger.warning("Triton kernels are wrong on this GPU, training is slower: %s", wrong)
+    return not wrong
+
+
+def _lora_differences(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Compare the low-rank kernels with matmuls: two adapters, of which one has one module."""
+    inputs, outputs, tokens = 48, (32, 16), (40, 9)
+    x, grad = _draw(49, inputs).to(device, dtype), _draw(49, 48).to(device, dtype)
+    numbers = {"first": 0, "second": 1}
+    spans: list[AdapterSpan] = []
+    rows, pairs = [], []
+    for rank, names, count in zip(
+        (8, 33), (("first", "second"), ("second",)), tokens, strict=True
+    ):
+        layout = Layout(rank, {name: (outputs[numbers[name]], inputs) for name in names})
+        weights = _draw(layout.size).to(device, dtype)
+        gradients = torch.zeros(layout.size, device=device)
+        rows.append(table_row(layout, numbers, weights, gradients, scaling=2.0))
+        modules = {numbers[name] for name in names}
+        adapter: Any = SimpleNamespace(layout=layout, module_numbers=modules)
+        begin = spans[-1].end if spans else 0
+        spans.append(AdapterSpan(adapter, begin, begin + count))
+        pairs.append((layout, weights, gradients))  # the table has their addresses alone
+    segments, columns = Segments(spans, rows), ModuleColumns(0, inputs, outputs, device)
+    result, grad_x = torch.zeros_like(grad), torch.zeros_like(x)
+    h = segments.forward(columns, x, result)
+    segments.backward(columns, x, h, grad, grad_x)
+
+    expected, expected_x = torch.zeros_like(grad).float(), torch.zeros_like(x).float()
+    differences = {}
+    for span, (layout, weights, gradients) in zip(spans, pairs, strict=True):
+        own = slice(span.begin, span.end)
+        for name, offsets in layout.offsets.items():
+            a, b = (matrix.float() for matrix in layout.matrices(weights, offsets))
+            grad_a, grad_b = layout.matrices(gradients, offsets)
+            cut = slice(0, 32) if name == "first" else slice(32, 48)
+            inner, outer = 2.0 * x[own].float() @ a.T, grad[own, cut].float()
+            expected[own, cut] += inner @ b.T
+            expected_x[own] += 2.0 * outer @ b @ a
+            differences[f"grad A {layout.rank}"] = _apart(
+                grad_a, (2.0 * outer @ b).T @ x[own].float()
+            )
+            differences[f"grad B {layout.rank}"] = _apart(grad_b, outer.T @ inner)
+    return differences | {
+        "result": _apart(result, expected),
+        "grad x": _apart(grad_x, expected_x),
+    }
+
+
+def _step_differences(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Compare the elementwise kernels with PyTorch's operators and their gradients."""
+    source, grad, weight = (_draw(*shape).to(device, dtype) for shape in ((9, 96), (9, 96), (96,)))
+    exact, outer = source.float().requires_grad_(), grad.float()
+    norm, rstd = rms_norm(source, weight, 1e-5)
+    expected = functional.rms_norm(exact, (96,), weight.float(), 1e-5)
+    (expected_grad,) = torch.autograd.grad(expected, exact, outer)
+    gate, up = exact.chunk(2, dim=-1)
+    product = functional.silu(gate) * up
+    (product_grad,) = torch.autograd.grad(product, exact, outer[:, :48])
+    angles = torch.outer(torch.arange(9.0), 0.5 ** torch.arange(4)).to(device)
+    cos, sin = (f(angles).repeat(1, 2).to(dtype) for f in (torch.cos, torch.sin))
+    positions = torch.arange(9, dtype=torch.int32, device=device)
+    turned = rotary(source, cos, sin, positions, 96)
+    return {
+        "norm": _apart(norm, expected),
+        "norm backward": _apart(rms_norm_backward(grad, source, weight, rstd), expected_grad),
+        "swiglu": _apart(swiglu(source), product),
+        "swiglu backward": _apart(swiglu_backward(grad[:, :48], source), product_grad),
+        "rotary": _apart(rotary(turned, cos, sin, positions, 96, backwards=True), exact),
+    }
+
+
+def _draw(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def _apart(value: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the largest difference relative to the largest value."""
+    difference = (value.float() - expected).abs().max() / expected.abs().max()
+    return float(difference.detach())

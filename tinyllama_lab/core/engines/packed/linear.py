@@ -13,7 +13,7 @@ from tinyllama_lab.core.engines.packed.adapter import Pairs
 from tinyllama_lab.core.engines.packed.batch import PackedBatch
 from tinyllama_lab.core.engines.packed.dropout import mask
 from tinyllama_lab.core.engines.packed.elementwise import Step
-from tinyllama_lab.core.engines.packed.segments import Place, Segments
+from tinyllama_lab.core.engines.packed.segments import ModuleColumns, Segments
 from tinyllama_lab.core.engines.packed.weights import FrozenWeight
 
 
@@ -32,11 +32,11 @@ class PackedLinear:
     """`x @ weight.T` plus `scaling * x @ A.T @ B.T` of every adapter, where `x = step(source)`."""
 
     def __init__(
-        self, step: Step, weight: FrozenWeight, modules: Sequence[str], place: Place
+        self, step: Step, weight: FrozenWeight, modules: Sequence[str], columns: ModuleColumns
     ) -> None:
         self.step = step
         self.weight = weight
-        self.place = place
+        self.columns = columns
         self._modules = list(modules)
         ends = list(accumulate(weight.outputs))
         self._columns = {
@@ -86,8 +86,8 @@ class _Apply(torch.autograd.Function):
         if batch.segments is None:
             for part in linear.parts(batch):
                 inner.append(_add_lora(part, x, result[part.rows]))
-        elif batch.segments.adapts(linear.place):
-            inner.append(batch.segments.forward(linear.place, x, result))
+        elif batch.segments.adapts(linear.columns):
+            inner.append(batch.segments.forward(linear.columns, x, result))
         ctx.linear, ctx.batch = linear, batch
         ctx.save_for_backward(source, saved, *inner)
         return result
@@ -105,7 +105,7 @@ class _Apply(torch.autograd.Function):
             for part, h in zip(linear.parts(ctx.batch), inner, strict=True):
                 _add_gradients(part, h, x, grad, grad_x)
         elif inner:
-            segments.backward(linear.place, x, inner[0], grad, grad_x)
+            segments.backward(linear.columns, x, inner[0], grad, grad_x)
         return linear.step.backward(grad_x, source, saved), None, None
 
 

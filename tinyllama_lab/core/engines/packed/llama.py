@@ -16,7 +16,7 @@ from tinyllama_lab.core.engines.packed.batch import PackedBatch
 from tinyllama_lab.core.engines.packed.elementwise import Plain, RmsNorm, SwiGlu
 from tinyllama_lab.core.engines.packed.head import HeadLoss
 from tinyllama_lab.core.engines.packed.linear import PackedLinear
-from tinyllama_lab.core.engines.packed.segments import Place
+from tinyllama_lab.core.engines.packed.segments import ModuleColumns
 from tinyllama_lab.core.engines.packed.varlen import attend_varlen, can_run, plan_varlen
 from tinyllama_lab.core.engines.packed.weights import FrozenWeight
 
@@ -98,8 +98,8 @@ class FrozenLlama:
             modules = [f"{name}.{prefix}.{n}" for n in names]
             first = len(self.module_numbers)
             self.module_numbers |= {module: first + n for n, module in enumerate(modules)}
-            place = Place(first, weight.inputs, weight.outputs, self.device)
-            return PackedLinear(step, weight, modules, place)
+            columns = ModuleColumns(first, weight.inputs, weight.outputs, self.device)
+            return PackedLinear(step, weight, modules, columns)
 
         def norm(module: Any) -> RmsNorm:
             return RmsNorm(module.weight, module.variance_epsilon)

@@ -50,12 +50,12 @@ def _columns_of(starts, number, IS_B: tl.constexpr, MODULES: tl.constexpr, EVEN:
 
 
 @triton.jit
-def _pointer(row, place, dtype: tl.constexpr):
+def _pointer(row, column, dtype: tl.constexpr):
     """Return the address in a row of the table as a pointer."""
-    return tl.multiple_of(tl.load(row + place).to(tl.pointer_type(dtype)), 16)
+    return tl.multiple_of(tl.load(row + column).to(tl.pointer_type(dtype)), 16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_module"])
 def project(
     source, source_stride, starts, result, table, table_stride, tiles, first_module,
     IS_B: tl.constexpr, MODULES: tl.constexpr, RANKS: tl.constexpr, TOKENS: tl.constexpr,
@@ -87,18 +87,18 @@ def project(
             other=0.0,
         )
         if IS_B:
-            places = columns[:, None] * rank + ranks[None, :]
+            offsets = columns[:, None] * rank + ranks[None, :]
         else:
-            places = ranks[None, :] * width + columns[:, None]
+            offsets = ranks[None, :] * width + columns[:, None]
         live = (columns[:, None] < width) & (ranks[None, :] < rank)
-        w = tl.load(weights + places, mask=live, other=0.0)
+        w = tl.load(weights + offsets, mask=live, other=0.0)
         total = tl.dot(x, w, total, input_precision=PRECISION)
-    places = tokens[:, None] * (MODULES * RANKS) + number * RANKS + ranks[None, :]
+    offsets = tokens[:, None] * (MODULES * RANKS) + number * RANKS + ranks[None, :]
     value = (total * scaling).to(result.dtype.element_ty)
-    tl.store(result + places, value, mask=tokens[:, None] < end)
+    tl.store(result + offsets, value, mask=tokens[:, None] < end)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_module"])
 def expand(
     inner, starts, result, result_stride, table, table_stride, tiles, first_module,
     IS_B: tl.constexpr, MODULES: tl.constexpr, RANKS: tl.constexpr, TOKENS: tl.constexpr,
@@ -116,33 +116,33 @@ def expand(
     columns = block * COLUMNS + tl.arange(0, COLUMNS)
     ranks = tl.arange(0, RANKS)
     total = tl.zeros((TOKENS, COLUMNS), dtype=tl.float32)
-    found = 0
+    present = 0
     for step in range(1 if IS_B else MODULES):
         module = number + step
         row, offset, rank = _matrix(
             table, table_stride, adapter, first_module + module, IS_B, EVEN_RANKS
         )
         if offset >= 0:
-            found += 1
+            present += 1
             weights = _pointer(row, 0, result.dtype.element_ty) + offset
-            places = tokens[:, None] * (MODULES * RANKS) + module * RANKS + ranks[None, :]
-            h = tl.load(inner + places, mask=tokens[:, None] < end, other=0.0)
+            offsets = tokens[:, None] * (MODULES * RANKS) + module * RANKS + ranks[None, :]
+            h = tl.load(inner + offsets, mask=tokens[:, None] < end, other=0.0)
             if IS_B:
-                places = columns[None, :] * rank + ranks[:, None]
+                offsets = columns[None, :] * rank + ranks[:, None]
             else:
-                places = ranks[:, None] * width + columns[None, :]
+                offsets = ranks[:, None] * width + columns[None, :]
             live = (columns[None, :] < width) & (ranks[:, None] < rank)
-            w = tl.load(weights + places, mask=live, other=0.0)
+            w = tl.load(weights + offsets, mask=live, other=0.0)
             total = tl.dot(h, w, total, input_precision=PRECISION)
-    if found == 0:
+    if present == 0:
         return
-    places = result + tokens[:, None] * result_stride + first + columns[None, :]
+    offsets = result + tokens[:, None] * result_stride + first + columns[None, :]
     live = (tokens[:, None] < end) & (columns[None, :] < width)
-    value = tl.load(places, mask=live, other=0.0).to(tl.float32) + total
-    tl.store(places, value.to(result.dtype.element_ty), mask=live)
+    value = tl.load(offsets, mask=live, other=0.0).to(tl.float32) + total
+    tl.store(offsets, value.to(result.dtype.element_ty), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_module"])
 def accumulate(
     source, source_stride, inner, starts, table, table_stride, spans, first_module,
     IS_B: tl.constexpr, MODULES: tl.constexpr, RANKS: tl.constexpr, TOKENS: tl.constexpr,
@@ -167,14 +167,14 @@ def accumulate(
             mask=(tokens[None, :] < end) & (columns[:, None] < width),
             other=0.0,
         )
-        places = tokens[:, None] * (MODULES * RANKS) + number * RANKS + ranks[None, :]
-        h = tl.load(inner + places, mask=tokens[:, None] < end, other=0.0)
+        offsets = tokens[:, None] * (MODULES * RANKS) + number * RANKS + ranks[None, :]
+        h = tl.load(inner + offsets, mask=tokens[:, None] < end, other=0.0)
         total = tl.dot(x, h, total, input_precision=PRECISION)
     gradients = _pointer(row, 1, tl.float32) + offset
     if IS_B:
-        places = columns[:, None] * rank + ranks[None, :]
+        offsets = columns[:, None] * rank + ranks[None, :]
     else:
-        places = ranks[None, :] * width + columns[:, None]
+        offsets = ranks[None, :] * width + columns[:, None]
     live = (columns[:, None] < width) & (ranks[None, :] < rank)
-    value = tl.load(gradients + places, mask=live, other=0.0) + total
-    tl.store(gradients + places, value, mask=live)
+    value = tl.load(gradients + offsets, mask=live, other=0.0) + total
+    tl.store(gradients + offsets, value, mask=live)

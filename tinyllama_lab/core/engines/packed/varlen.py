@@ -11,7 +11,6 @@ import torch
 from tinyllama_lab.core.engines.packed import fused
 from tinyllama_lab.core.engines.packed.attention import Heads
 from tinyllama_lab.core.engines.packed.batch import PackedBatch
-from tinyllama_lab.core.engines.packed.segments import works_on
 
 try:
     from torch.nn.attention import varlen
@@ -38,7 +37,7 @@ def can_run(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether the kernel supports this: half precision on Ampere or newer."""
     if _kernel is None or device.type != "cuda" or dtype == torch.float32:
         return False
-    return torch.cuda.get_device_capability(device) >= (8, 0) and works_on(device, dtype)
+    return torch.cuda.get_device_capability(device) >= (8, 0) and fused.works_on(device, dtype)
 
 
 def plan_varlen(
@@ -48,9 +47,9 @@ def plan_varlen(
     ends = torch.tensor([0, *batch.lengths]).cumsum(0)
     starts = ends[:-1].repeat_interleave(torch.tensor(batch.lengths))
     positions = torch.arange(int(ends[-1])) - starts
-    # one copy for both, because every copy to the device has a fixed cost
-    numbers = torch.cat([ends, positions]).int().to(cos.device, non_blocking=True)
-    ends, positions = numbers.split([len(batch.lengths) + 1, len(positions)])
+    # one copy for both; positions first, whose address Triton wants at a multiple of 16 bytes
+    numbers = torch.cat([positions, ends]).int().to(cos.device, non_blocking=True)
+    positions, ends = numbers.split([len(positions), len(ends)])
     return VarlenPlan(heads, cos, sin, positions, ends, max(batch.lengths))
 
 
