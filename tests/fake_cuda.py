@@ -10,7 +10,7 @@ stay real. Three things are added:
 - The autograd engine needs streams, so `backward` runs the graph node by node instead.
 - A launch of a Triton kernel checks what it is given instead.
 
-Values, the alignment of pointers and speed need a GPU; `test_triton_kernels` runs the kernels.
+Values, the alignment of pointers and speed need a GPU; `test_fused_gpu` runs the kernels.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from transformers.initialization import no_init_weights
 import tinyllama_lab
 from benchmarks.tinyllama import architecture
 from tests.llamas import Words
-from tinyllama_lab.core.engines.packed import fused
+from tinyllama_lab.core.engines.packed import fused_gpu
 from tinyllama_lab.core.engines.packed.segments import ModuleColumns, Segments
 from tinyllama_lab.core.models.loading import Base, count_parameters
 
@@ -236,7 +236,7 @@ def fake_cuda(card: FakeCard) -> Iterator[Syncs]:
 
 def _check_launches(patch: pytest.MonkeyPatch) -> None:
     """Let every card have the kernels, and check the tensors that they are launched with."""
-    patch.setattr(fused, "works_on", lambda device, dtype: True)
+    patch.setattr(fused_gpu, "works_on", lambda device, dtype: True)
     patch.setattr(FakeTensor, "data_ptr", lambda self: self.untyped_storage()._cdata)
 
     def launch(kernel: str, grid: tuple[int, ...], *arguments: Any, **_: Any) -> None:
@@ -258,7 +258,7 @@ def _check_launches(patch: pytest.MonkeyPatch) -> None:
             assert x.dtype == outside[0].dtype, f"{name} of dtypes {x.dtype}, {outside[0].dtype}"
             assert len(x) == len(outside[0]), name
 
-    patch.setattr(fused, "_launch", launch)
+    patch.setattr(fused_gpu, "_launch", launch)
     patch.setattr(Segments, "_launch", launch_lora)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from tinyllama_lab.core.context import CPU_TOKENS, WorkerContext
-from tinyllama_lab.core.engines.packed import kernels
+from tinyllama_lab.core.engines.packed import fused_cpu
 from tinyllama_lab.data.cache import cache_dir
 from tinyllama_lab.errors import CacheError
 from tinyllama_lab.study.files import write_atomic
@@ -116,7 +116,7 @@ class MicroBatchSize:
             "cpu": cpu_name(),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
-            "fused_loops": kernels.can_run(torch.empty(1, dtype=base.dtype)),
+            "fused_loops": fused_cpu.can_run(torch.empty(1, dtype=base.dtype)),
             "model": [base.parameters, config.num_hidden_layers, config.hidden_size],
             "weights": base.weights,
             "dtype": str(base.dtype),

@@ -50,7 +50,7 @@ seed, step, example, token and module, so it does not depend on what else is in 
 
 On a GPU, `segments.py` replaces the loop over spans: the kernels of `triton_lora.py` take all
 adapters and all modules of a linear layer in one launch. The elementwise steps are kernels too
-(`fused.py`, `triton_steps.py`). Tests run the kernels in Triton's interpreter.
+(`fused_gpu.py`, `triton_steps.py`). Tests run the kernels in Triton's interpreter.
 
 The rest: `weights.py` lays frozen weights side by side and dequantizes 4-bit ones; `head.py`
 computes the loss of labels in chunks, so that `[labels, vocabulary]` never exists as a whole;

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from tinyllama_lab.core.engines.packed import kernels
+from tinyllama_lab.core.engines.packed import fused_cpu
 from tinyllama_lab.core.engines.packed.batch import PackedBatch
 from tinyllama_lab.core.engines.packed.elementwise import rotated
 
@@ -64,9 +64,9 @@ class Padded:
             `[sequences, heads, longest, size]`, of which the padding is finite.
         """
         heads, sequences = source.shape[1] // size, len(self.spans[0])
-        if kernels.can_run(*rotary) and source.dtype == rotary[0].dtype:
+        if fused_cpu.can_run(*rotary) and source.dtype == rotary[0].dtype:
             result = source.new_empty(sequences, heads, self.longest, size)
-            kernels.move(result, source, self.spans, rotary, turn)
+            fused_cpu.move(result, source, self.spans, rotary, turn)
             return result
         rows = source.index_select(0, self.tokens).view(sequences, self.longest, heads, size)
         return self._turned(rows, rotary, turn).transpose(1, 2).contiguous()
@@ -78,8 +78,8 @@ class Padded:
 
         `turn` is -1 to take rotary positions back, in the gradient of queries and keys.
         """
-        if kernels.can_run(heads, *rotary):
-            kernels.move(heads, target, self.spans, rotary, turn, back=True)
+        if fused_cpu.can_run(heads, *rotary):
+            fused_cpu.move(heads, target, self.spans, rotary, turn, back=True)
             return
         rows = self._turned(heads.transpose(1, 2), rotary, turn).reshape(-1, target.shape[1])
         tokens = self.tokens
@@ -121,7 +121,7 @@ def plan_attention(
         step = torch.arange(bucket.longest)
         tokens = first[:, None] + torch.minimum(step, own[:, None] - 1)
         real = (step < own[:, None]).flatten().nonzero()[:, 0]
-        has_softmax = kernels.can_run(cos)
+        has_softmax = fused_cpu.can_run(cos)
         limit = LONGEST_FUSED if has_softmax else LONGEST_PLAIN
         is_plain = not cos.is_cuda and bucket.longest <= limit
         buckets.append(
@@ -249,7 +249,7 @@ def _probabilities(queries: torch.Tensor, keys: torch.Tensor, bucket: Padded) ->
     k, scale = keys.flatten(0, 1), 1 / math.sqrt(keys.shape[-1])
     q = queries.view(len(k), -1, k.shape[-1])
     if bucket.ahead is None:
-        return kernels.causal_softmax_(q @ k.transpose(1, 2), scale)
+        return fused_cpu.causal_softmax_(q @ k.transpose(1, 2), scale)
     scores = torch.baddbmm(bucket.ahead, q, k.transpose(1, 2), alpha=scale)
     # summed in float32, as in transformers, also where the scores are in half precision
     return functional.softmax(scores, dim=-1)
@@ -269,7 +269,7 @@ def _backward(
     q, outer = (x.view(len(k), -1, k.shape[-1]) for x in (queries, grad))
     inner = outer @ v.transpose(1, 2)
     if bucket.ahead is None:
-        scores = kernels.causal_softmax_backward_(inner, probabilities, scale)
+        scores = fused_cpu.causal_softmax_backward_(inner, probabilities, scale)
     else:
         scores = torch._softmax_backward_data(inner, probabilities, -1, inner.dtype).mul_(scale)
     return [

@@ -2,7 +2,7 @@
 
 Each has `forward(source) -> (x, saved)`, `recompute(source, saved) -> x` and
 `backward(grad, source, saved) -> grad of source`. On a GPU each is one Triton kernel
-(`fused.py`), on CPUs one fused loop where there is a compiler (`kernels.py`).
+(`fused_gpu.py`), on CPUs one fused loop where there is a compiler (`fused_cpu.py`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch.nn import functional
 
-from tinyllama_lab.core.engines.packed import fused, kernels
+from tinyllama_lab.core.engines.packed import fused_cpu, fused_gpu
 
 
 class Step(Protocol):
@@ -90,7 +90,7 @@ class SwiGlu:
 
 def _loops(*tensors: torch.Tensor) -> Any | None:
     """Return the module of fused loops that takes these tensors, or None."""
-    return next((module for module in (fused, kernels) if module.can_run(*tensors)), None)
+    return next((module for module in (fused_gpu, fused_cpu) if module.can_run(*tensors)), None)
 
 
 def _rstd(source: torch.Tensor, eps: float) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 
 from tinyllama_lab.config.schema import LoraConfig
 from tinyllama_lab.core.engines.base import ADAPTER_BYTES, WorkItem, by_adapter
-from tinyllama_lab.core.engines.packed import fused
+from tinyllama_lab.core.engines.packed import fused_gpu
 from tinyllama_lab.core.engines.packed.adapter import PackedAdapter, Storage
 from tinyllama_lab.core.engines.packed.batch import lay_out
 from tinyllama_lab.core.engines.packed.decode import decode
@@ -49,7 +49,7 @@ class PackedEngine:
         self._base = base
         self._mixed = mixed
         if triton is None:
-            triton = base.device.type == "cuda" and fused.works_on(base.device, base.dtype)
+            triton = base.device.type == "cuda" and fused_gpu.works_on(base.device, base.dtype)
         self._triton = mixed and triton
         self._cache_mib = _cache_mib(base.device)
         self.llama = FrozenLlama(base.model, base.dtype, keep_dequantized)

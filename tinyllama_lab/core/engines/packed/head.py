@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from tinyllama_lab.core.engines.packed import kernels
+from tinyllama_lab.core.engines.packed import fused_cpu
 from tinyllama_lab.metrics import MIB
 
 CHUNK_MIB = 64  # logits of one chunk
@@ -58,8 +58,8 @@ def _chunks(labels: int, row_bytes: int) -> list[slice]:
 
 def _to_gradient_(logits: torch.Tensor, targets: torch.Tensor, losses: torch.Tensor) -> None:
     """Fill `losses`, and overwrite `logits` by the gradient of the cross entropy."""
-    if kernels.can_run(logits):
-        kernels.cross_entropy_(logits, targets, losses)
+    if fused_cpu.can_run(logits):
+        fused_cpu.cross_entropy_(logits, targets, losses)
         return
     rows = SOFTMAX_ROWS if logits.device.type == "cpu" else max(1, len(logits))
     for piece, target, loss in zip(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tinyllama_lab.core.engines.packed import kernels
+from tinyllama_lab.core.engines.packed import fused_cpu
 from tinyllama_lab.core.engines.packed.adapter import Pairs
 from tinyllama_lab.core.engines.packed.batch import PackedBatch
 from tinyllama_lab.core.engines.packed.dropout import mask
@@ -147,7 +147,7 @@ def _accumulate(
     else:
         # matmuls need one dtype, and gradients must not accumulate in half precision
         part = left @ right
-        if kernels.can_run(part):
-            kernels.accumulate_(total, part, scale)
+        if fused_cpu.can_run(part):
+            fused_cpu.accumulate_(total, part, scale)
         else:
             total.add_(part, alpha=scale)

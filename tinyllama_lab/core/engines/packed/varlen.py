@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tinyllama_lab.core.engines.packed import fused
+from tinyllama_lab.core.engines.packed import fused_gpu
 from tinyllama_lab.core.engines.packed.attention import Heads
 from tinyllama_lab.core.engines.packed.batch import PackedBatch
 
@@ -37,7 +37,7 @@ def can_run(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether the kernel supports this: half precision on Ampere or newer."""
     if _kernel is None or device.type != "cuda" or dtype == torch.float32:
         return False
-    return torch.cuda.get_device_capability(device) >= (8, 0) and fused.works_on(device, dtype)
+    return torch.cuda.get_device_capability(device) >= (8, 0) and fused_gpu.works_on(device, dtype)
 
 
 def plan_varlen(
@@ -88,4 +88,4 @@ class _Rotary(torch.autograd.Function):
 def _turned(joint: torch.Tensor, plan: VarlenPlan, backwards: bool) -> torch.Tensor:
     heads = plan.heads
     rotated = (heads.queries + heads.keys) * heads.size
-    return fused.rotary(joint, plan.cos, plan.sin, plan.positions, rotated, backwards)
+    return fused_gpu.rotary(joint, plan.cos, plan.sin, plan.positions, rotated, backwards)

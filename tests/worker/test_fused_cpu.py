@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch.nn import functional
 
-from tinyllama_lab.core.engines.packed import kernels
+from tinyllama_lab.core.engines.packed import fused_cpu
 from tinyllama_lab.core.engines.packed.elementwise import rotated
 
 DTYPES = (torch.float32, torch.bfloat16)
 needs_compiler = pytest.mark.skipif(
-    not kernels.can_run(torch.zeros(1)), reason="this machine has no C++ compiler"
+    not fused_cpu.can_run(torch.zeros(1)), reason="this machine has no C++ compiler"
 )
 both = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
@@ -25,9 +25,9 @@ both = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def reloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
     """Let a test load the library again, from an empty cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    kernels._library.cache_clear()
+    fused_cpu._library.cache_clear()
     yield monkeypatch
-    kernels._library.cache_clear()
+    fused_cpu._library.cache_clear()
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> torch.Tensor:
@@ -48,11 +48,11 @@ def test_norm_and_its_gradient(dtype: torch.dtype) -> None:
     exact = x.double().requires_grad_()
     expected = functional.rms_norm(exact, (37,), weight.double(), 1e-5)
     (wanted,) = torch.autograd.grad(expected, exact, grad.double())
-    found, rstd = kernels.rms_norm(x, weight, 1e-5)
+    found, rstd = fused_cpu.rms_norm(x, weight, 1e-5)
     close(found, expected.detach(), dtype)
     close(rstd[:, 0], x.double().square().mean(1).add(1e-5).rsqrt(), torch.float32)
-    assert torch.equal(kernels.rms_norm(x, weight, 1e-5, rstd)[0], found)
-    close(kernels.rms_norm_backward(grad, x, weight, rstd), wanted, dtype)
+    assert torch.equal(fused_cpu.rms_norm(x, weight, 1e-5, rstd)[0], found)
+    close(fused_cpu.rms_norm_backward(grad, x, weight, rstd), wanted, dtype)
 
 
 @needs_compiler
@@ -64,7 +64,7 @@ def test_swiglu_and_its_gradient(dtype: torch.dtype) -> None:
     gate, up = exact.chunk(2, dim=-1)
     expected = functional.silu(gate) * up
     (wanted,) = torch.autograd.grad(expected, exact, grad.double())
-    found, gradient = kernels.swiglu(source), kernels.swiglu_backward(grad, source)
+    found, gradient = fused_cpu.swiglu(source), fused_cpu.swiglu_backward(grad, source)
     close(found[1:], expected.detach()[1:], dtype)
     close(gradient[1:], wanted[1:], dtype)
     close(found[0, :2], expected.detach()[0, :2], dtype)
@@ -78,7 +78,7 @@ def test_cross_entropy_and_its_gradient(dtype: torch.dtype) -> None:
     exact, losses = logits.double().requires_grad_(), torch.empty(6)
     expected = functional.cross_entropy(exact, targets, reduction="none")
     (wanted,) = torch.autograd.grad(expected.sum(), exact)
-    kernels.cross_entropy_(logits, targets, losses)
+    fused_cpu.cross_entropy_(logits, targets, losses)
     close(losses, expected.detach(), torch.float32)
     close(logits, wanted, dtype)
 
@@ -92,10 +92,10 @@ def test_causal_softmax_and_its_gradient(longest: int, dtype: torch.dtype) -> No
     exact = scores.double().requires_grad_()
     ahead = torch.full((longest, longest), -math.inf).triu_(1).repeat(3, 1).double()
     expected = (exact / 8 + ahead).softmax(dim=-1)
-    found = kernels.causal_softmax_(scores, 1 / 8)
+    found = fused_cpu.causal_softmax_(scores, 1 / 8)
     close(found, expected.detach(), dtype)
     (wanted,) = torch.autograd.grad(expected, exact, grad.double())
-    gradient = kernels.causal_softmax_backward_(grad, found, 1 / 8)
+    gradient = fused_cpu.causal_softmax_backward_(grad, found, 1 / 8)
     torch.testing.assert_close(gradient.double(), wanted, rtol=0.05, atol=0.02)
     assert not gradient[:, 0, 1:].any() and not found[:, 0, 1:].any()
 
@@ -108,14 +108,14 @@ def test_heads_are_turned_and_moved_there_and_back(dtype: torch.dtype) -> None:
     spans = torch.tensor([5, 0]), torch.tensor([7, 5])
     tokens = draw(12, 32, dtype=dtype)
     heads = torch.full((2, 3, 7, 8), math.nan, dtype=dtype)
-    kernels.move(heads, tokens[:, 8:], spans, rotary, 1)
+    fused_cpu.move(heads, tokens[:, 8:], spans, rotary, 1)
     source = tokens[:, 8:].view(12, 3, 8)
     cos, sin = (table[:, None] for table in rotary)
     close(heads[0], rotated(source[5:], cos, sin).transpose(0, 1).double(), dtype)
     close(heads[1, :, :5], rotated(source[:5], cos[:5], sin[:5]).transpose(0, 1).double(), dtype)
     assert not heads[1, :, 5:].any()
     back = torch.zeros_like(tokens)
-    kernels.move(heads, back[:, 8:], spans, rotary, -1, back=True)
+    fused_cpu.move(heads, back[:, 8:], spans, rotary, -1, back=True)
     close(back[:, 8:], tokens[:, 8:].double(), dtype)
     assert not back[:, :8].any()
 
@@ -125,7 +125,7 @@ def test_heads_are_turned_and_moved_there_and_back(dtype: torch.dtype) -> None:
 def test_sums_are_in_float32(dtype: torch.dtype) -> None:
     part, total = draw(3, 5, dtype=dtype), draw(3, 5)
     expected = total.double() + 0.5 * part.double()
-    kernels.accumulate_(total, part, 0.5)
+    fused_cpu.accumulate_(total, part, 0.5)
     close(total, expected, torch.float32)
 
 
@@ -134,12 +134,12 @@ def test_nan_stays_nan() -> None:
     for dtype in DTYPES:
         logits, losses = torch.zeros(1, 40, dtype=dtype), torch.zeros(1)
         logits[0, 3] = math.nan
-        kernels.cross_entropy_(logits, torch.tensor([0]), losses)
+        fused_cpu.cross_entropy_(logits, torch.tensor([0]), losses)
         assert losses.isnan().all()
-        assert kernels.swiglu(torch.full((1, 2), math.nan, dtype=dtype)).isnan().all()
+        assert fused_cpu.swiglu(torch.full((1, 2), math.nan, dtype=dtype)).isnan().all()
         ones = torch.ones(2, dtype=dtype)
         assert (
-            kernels.rms_norm(torch.tensor([[math.nan, 1]], dtype=dtype), ones, 1e-5)[0]
+            fused_cpu.rms_norm(torch.tensor([[math.nan, 1]], dtype=dtype), ones, 1e-5)[0]
             .isnan()
             .all()
         )
@@ -148,28 +148,28 @@ def test_nan_stays_nan() -> None:
 @needs_compiler
 def test_a_row_has_the_same_bits_in_any_batch() -> None:
     x, weight = draw(9, 100, dtype=torch.bfloat16), draw(100, dtype=torch.bfloat16)
-    alone = [kernels.rms_norm(row[None].clone(), weight, 1e-5)[0] for row in x]
-    assert torch.equal(torch.cat(alone), kernels.rms_norm(x, weight, 1e-5)[0])
+    alone = [fused_cpu.rms_norm(row[None].clone(), weight, 1e-5)[0] for row in x]
+    assert torch.equal(torch.cat(alone), fused_cpu.rms_norm(x, weight, 1e-5)[0])
     together, scores = torch.empty(9), x.clone()
-    kernels.cross_entropy_(scores, torch.arange(9), together)
+    fused_cpu.cross_entropy_(scores, torch.arange(9), together)
     for n, row in enumerate(x):
         loss = torch.empty(1)
-        kernels.cross_entropy_(row[None].clone(), torch.tensor([n]), loss)
+        fused_cpu.cross_entropy_(row[None].clone(), torch.tensor([n]), loss)
         assert loss[0] == together[n]
 
 
 @needs_compiler
 def test_other_tensors_are_left_to_pytorch() -> None:
     one = torch.zeros(4, 4)
-    assert kernels.can_run(one, one)
-    assert not kernels.can_run(one.double())
-    assert not kernels.can_run(one.T[:2])
-    assert not kernels.can_run(one, one.bfloat16())
+    assert fused_cpu.can_run(one, one)
+    assert not fused_cpu.can_run(one.double())
+    assert not fused_cpu.can_run(one.T[:2])
+    assert not fused_cpu.can_run(one, one.bfloat16())
 
 
 def test_without_a_compiler_there_are_no_loops(reloaded: pytest.MonkeyPatch) -> None:
     reloaded.setenv("CXX", "none")
-    assert not kernels.can_run(torch.zeros(1))
+    assert not fused_cpu.can_run(torch.zeros(1))
 
 
 def test_a_compiler_that_fails_is_reported(
@@ -179,6 +179,6 @@ def test_a_compiler_that_fails_is_reported(
     broken.write_text("#!/bin/sh\necho no such flag >&2\nexit 1\n")
     broken.chmod(0o755)
     reloaded.setenv("CXX", str(broken))
-    reloaded.setattr(kernels, "_uses_gnu_openmp", lambda: True)
-    assert not kernels.can_run(torch.zeros(1))
+    reloaded.setattr(fused_cpu, "_uses_gnu_openmp", lambda: True)
+    assert not fused_cpu.can_run(torch.zeros(1))
     assert "no fused loops" in caplog.text and "no such flag" in caplog.text

@@ -14,7 +14,7 @@ from tests.llamas import base_of, example, examples, gradients, items_of, llama,
 from tests.worker.test_packed_linear import Named, nonzero_adapters, peft_gradients, same
 from tinyllama_lab.config.schema import LoraConfig
 from tinyllama_lab.core.engines.base import WorkItem
-from tinyllama_lab.core.engines.packed import fused
+from tinyllama_lab.core.engines.packed import fused_gpu
 from tinyllama_lab.core.engines.packed.batch import lay_out
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
 from tinyllama_lab.core.engines.packed.segments import Segments
@@ -29,7 +29,7 @@ CONFIGS = [
 LENGTHS = (3, 40, 2)  # a span of one tile, and one of two
 
 interpreted = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="needs the extra kernels"
+    importlib.util.find_spec("triton") is None, reason="needs Triton: install the extra `triton`"
 )
 
 
@@ -112,7 +112,7 @@ def test_adapters_that_share_no_matmul_go_without_kernels() -> None:
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_kernels_are_tried_before_they_are_used(dtype: torch.dtype) -> None:
-    assert fused._works_on.__wrapped__(torch.device("cpu"), dtype)
+    assert fused_gpu._works_on.__wrapped__(torch.device("cpu"), dtype)
 
 
 @interpreted
@@ -130,10 +130,10 @@ def test_kernels_that_fail_or_are_wrong_are_not_used(
 
     device, original = torch.device("cpu"), Segments._expand
     monkeypatch.setattr(Segments, "_expand", doubled)
-    assert not fused._works_on.__wrapped__(device, torch.float32)
+    assert not fused_gpu._works_on.__wrapped__(device, torch.float32)
     assert "are wrong" in caplog.text
     monkeypatch.setattr(Segments, "_launch", failing)
-    assert not fused._works_on.__wrapped__(device, torch.float32)
+    assert not fused_gpu._works_on.__wrapped__(device, torch.float32)
     assert "PTX of this card is not supported" in caplog.text
 
 
@@ -152,9 +152,9 @@ def test_the_norm_and_its_gradient() -> None:
     expected = functional.rms_norm(source, (48,), weight, 1e-5)
     expected.backward(grad)
     plain = source.detach()
-    found, rstd = fused.rms_norm(plain, weight, 1e-5)
+    found, rstd = fused_gpu.rms_norm(plain, weight, 1e-5)
     torch.testing.assert_close(found, expected.detach())
-    torch.testing.assert_close(fused.rms_norm_backward(grad, plain, weight, rstd), source.grad)
+    torch.testing.assert_close(fused_gpu.rms_norm_backward(grad, plain, weight, rstd), source.grad)
 
 
 @interpreted
@@ -163,8 +163,8 @@ def test_swiglu_and_its_gradient() -> None:
     gate, up = source.chunk(2, dim=-1)
     expected = functional.silu(gate) * up
     expected.backward(grad)
-    torch.testing.assert_close(fused.swiglu(source.detach()), expected.detach())
-    torch.testing.assert_close(fused.swiglu_backward(grad, source.detach()), source.grad)
+    torch.testing.assert_close(fused_gpu.swiglu(source.detach()), expected.detach())
+    torch.testing.assert_close(fused_gpu.swiglu_backward(grad, source.detach()), source.grad)
 
 
 @interpreted
@@ -176,7 +176,7 @@ def test_rotary_positions_turn_queries_and_keys_and_back() -> None:
     angles = torch.outer(torch.arange(3.0), 0.5 ** torch.arange(size // 2))
     cos, sin = (f(angles).repeat(1, 2) for f in (torch.cos, torch.sin))
     joint = random(5, (queries + 2 * keys) * size)
-    found = fused.rotary(joint, cos, sin, positions, (queries + keys) * size)
+    found = fused_gpu.rotary(joint, cos, sin, positions, (queries + keys) * size)
     heads = joint.view(1, 5, -1, size).transpose(1, 2)
     q, k = apply_rotary_pos_emb(
         heads[:, :queries], heads[:, queries : queries + keys], cos[positions][None],
@@ -184,5 +184,5 @@ def test_rotary_positions_turn_queries_and_keys_and_back() -> None:
     )  # fmt: skip
     expected = torch.cat([q, k, heads[:, queries + keys :]], dim=1).transpose(1, 2).reshape(5, -1)
     torch.testing.assert_close(found, expected)
-    back = fused.rotary(found, cos, sin, positions, (queries + keys) * size, backwards=True)
+    back = fused_gpu.rotary(found, cos, sin, positions, (queries + keys) * size, backwards=True)
     torch.testing.assert_close(back, joint)

@@ -1,4 +1,4 @@
-"""Compiles and calls the fused loops of `kernels.cpp`, where a CPU has a C++ compiler.
+"""Compiles and calls the fused loops of `fused_cpu.cpp`, where a CPU has a C++ compiler.
 
 Between two matmuls, PyTorch passes over memory once for every operation; a fused loop does so
 once. Compiling takes about two seconds, once per machine: the library is kept in the user's
@@ -25,7 +25,7 @@ from tinyllama_lab.errors import CacheError
 
 logger = logging.getLogger(__name__)
 
-_LIBRARY = "kernels.so"
+_LIBRARY = "fused_cpu.so"
 SOURCE = Path(__file__).with_suffix(".cpp")
 LONGEST = 4096  # keys of a row of attention scores, as in the source
 _FLAGS = [
@@ -161,7 +161,7 @@ def _library() -> ctypes.CDLL | None:
     if command is None or not _uses_gnu_openmp():
         return None
     made_of = SOURCE.read_bytes() + " ".join([command, *_FLAGS, _cpu()]).encode()
-    name = f"kernels-{hashlib.sha256(made_of).hexdigest()[:16]}"
+    name = f"fused_cpu-{hashlib.sha256(made_of).hexdigest()[:16]}"
     try:
         folder = made_once(name, functools.partial(_compile, command))
         library = ctypes.CDLL(str(folder / _LIBRARY))

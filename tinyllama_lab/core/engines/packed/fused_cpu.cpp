@@ -1,5 +1,5 @@
 // Fused loops for CPUs, each of which replaces several passes of PyTorch operations over memory.
-// `kernels.py` compiles this file and declares the functions. All tensors are contiguous unless a
+// `fused_cpu.py` compiles this file and declares the functions. All tensors are contiguous unless a
 // stride is given; sums are in float32. A function exists for each dtype of the base: `_f32` and
 // `_bf16`. Results are rounded where the PyTorch operations would round them.
 
