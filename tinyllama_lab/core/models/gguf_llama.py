@@ -51,11 +51,12 @@ class _Reader(GGUFReader):
         if raw_type != GGUFValueType.ARRAY:
             size, parts, indices, types = super()._get_field_parts(orig_offs, raw_type)
             return size, parts, indices, types
-        item_type, count = struct.unpack_from("<IQ", self.data, orig_offs)
+        data: Any = self.data
+        item_type, count = struct.unpack_from("<IQ", data, orig_offs)
         end = orig_offs + struct.calcsize("<IQ")
         if item_type == GGUFValueType.STRING:
             for _ in range(count):  # every string begins with its length
-                end += 8 + struct.unpack_from("<Q", self.data, end)[0]
+                end += 8 + struct.unpack_from("<Q", data, end)[0]
         else:
             end += count * np.dtype(self.gguf_scalar_to_np[GGUFValueType(item_type)]).itemsize
         return end - orig_offs, [], [], [GGUFValueType.ARRAY]
@@ -68,7 +69,8 @@ def _config(reader: GGUFReader) -> LlamaConfig:
         field = reader.get_field(name)
         return None if field is None else field.contents()
 
-    return LlamaConfig(
+    make: Any = LlamaConfig  # its signature lacks two settings that transformers stores
+    config: LlamaConfig = make(
         architectures=["LlamaForCausalLM"],
         dtype="float32",
         vocab_size=value("llama.vocab_size"),
@@ -88,6 +90,7 @@ def _config(reader: GGUFReader) -> LlamaConfig:
         unk_token_id=value("tokenizer.ggml.unknown_token_id"),
         _model_name_or_path=value("general.name"),
     )
+    return config
 
 
 def _name(name: str) -> str:
