@@ -38,6 +38,7 @@ class FakeAdapter:
 class FakeEngine:
     """Keeps a fixed number of bytes for every token of an example."""
 
+    grows_evenly = False
     max_concurrent = None
     checkpointing = False
 
