@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.llamas import example
+from tests.llamas import base_of, example, llama
 from tests.packs import QUIET, Lab, Wrapped, losses, quickly, result, same_bits, train_all, weights
 from tests.studies import first_evaluation
 from tinyllama_lab.config.schema import Science, TrainConfig, part
@@ -138,6 +138,38 @@ def test_a_deterministic_pack_gives_every_bit_of_each_trial_alone(lab: Lab) -> N
     for found, expected in zip(backwards, alone, strict=True):
         same_bits(found, expected)
     assert len({weights(trial) for trial in together}) == len(EIGHT)
+
+
+def test_a_deterministic_pack_gives_every_bit_in_bfloat16_at_the_widths_of_smollm2(
+    configure: Any, tmp_path: Path
+) -> None:
+    """Matmuls of these shapes run in other kernels than those of the tiny model."""
+    shape = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9}
+    model = llama(**shape, num_key_value_heads=3, num_hidden_layers=2).to(torch.bfloat16)
+    base = base_of(model)
+    base.dtype = torch.bfloat16
+    engine = PackedEngine(base, mixed=False)
+    rows = [example(length, length) for length in (97, 12, 150, 40, 233, 61)]
+
+    def trainer(number: int, place: str) -> AdapterTrainer:
+        targets = ("all_linear", "attention_qv", "mlp")[number]
+        changes = {"lora.r": 4 * 2**number, "lora.targets": targets, "seed": number}
+        changes |= {"train.max_steps": 3, "train.batch_size": 2}
+        science = part(Science, configure(changes))
+        trial = TrialFolder(tmp_path / f"{place}{number}")
+        adapter = engine.add(science.lora, science.seed)
+        return AdapterTrainer(trial, science, adapter, rows, base.dtype)
+
+    together = [trainer(number, "together") for number in range(3)]
+    train_all(engine, together, tokens=640)
+    for number, packed in enumerate(together):
+        alone = trainer(number, "alone")
+        train_all(engine, [alone], tokens=640)
+        assert alone.progress.losses == packed.progress.losses
+        for found, expected in zip(
+            packed.adapter.parameters, alone.adapter.parameters, strict=True
+        ):
+            assert torch.equal(found, expected)
 
 
 def test_a_fast_pack_is_near_each_trial_alone(lab: Lab) -> None:

@@ -32,9 +32,7 @@ class WorkerContext:
     stopped: Callable[[], bool]
     stream: StreamSettings | None = None  # of trials that arrive while others train
     fitting_tokens: int | None = None  # of a smaller micro-batch, if memory demands one
-    measured_tokens: int | None = (
-        None  # of the micro-batch that `MicroBatchSize` measures or chose
-    )
+    measured_tokens: int | None = None  # of the micro-batch, as `MicroBatchSize` says
 
     def environment(self) -> dict[str, Any]:
         """Return the environment that a result records besides its configuration."""

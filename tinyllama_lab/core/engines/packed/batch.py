@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -34,15 +34,15 @@ class PackedBatch:
     targets: torch.Tensor  # [labels]
     owners: torch.Tensor  # [labels] the sequence of each label
     dropout_keys: torch.Tensor | None = None  # [tokens] where an adapter has dropout
-    segments: Segments | None = None  # where one kernel takes all adapters
+    # where one kernel takes all adapters
+    segments: Segments | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        rows = [span.adapter.row for span in self.spans]
-        known = [row for row in rows if row is not None]
-        fits = all(span.adapter.layout.rank <= HIGHEST_RANK for span in self.spans)
+        adapters = [span.adapter for span in self.spans]
+        rows = [a.row for a in adapters if a.row is not None and a.layout.rank <= HIGHEST_RANK]
         # dropout masks differ from module to module, which the kernels do not know
-        if known and len(known) == len(rows) and fits and self.dropout_keys is None:
-            self.segments = Segments(self.spans, known)
+        if rows and len(rows) == len(adapters) and self.dropout_keys is None:
+            self.segments = Segments(self.spans, rows)
 
     @property
     def starts(self) -> list[int]:

@@ -34,7 +34,7 @@ class HeadLoss(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if wanted else None
         for rows in _chunks(len(targets), len(weight) * hidden.element_size()):
             logits = hidden[rows] @ weight.T
-            _to_gradient_(logits, targets[rows], losses[rows])
+            _score(logits, targets[rows], losses[rows], wanted)
             if gradient is not None:
                 at_a_time = GRADIENT_ROWS if logits.device.type == "cpu" else len(logits)
                 pieces = zip(logits.split(at_a_time), gradient[rows].split(at_a_time), strict=True)
@@ -56,10 +56,12 @@ def _chunks(labels: int, row_bytes: int) -> list[slice]:
     return [slice(begin, begin + rows) for begin in range(0, labels, rows)]
 
 
-def _to_gradient_(logits: torch.Tensor, targets: torch.Tensor, losses: torch.Tensor) -> None:
-    """Fill `losses`, and overwrite `logits` by the gradient of the cross entropy."""
+def _score(
+    logits: torch.Tensor, targets: torch.Tensor, losses: torch.Tensor, wanted: bool
+) -> None:
+    """Fill `losses`; if the gradient is wanted, overwrite `logits` by it."""
     if fused_cpu.can_run(logits):
-        fused_cpu.cross_entropy_(logits, targets, losses)
+        fused_cpu.cross_entropy_(logits, targets, losses)  # both in one pass
         return
     rows = SOFTMAX_ROWS if logits.device.type == "cpu" else max(1, len(logits))
     for piece, target, loss in zip(
@@ -68,7 +70,8 @@ def _to_gradient_(logits: torch.Tensor, targets: torch.Tensor, losses: torch.Ten
         at = target[:, None]
         log_probs = functional.log_softmax(piece, dim=-1, dtype=torch.float32)
         loss.copy_(log_probs.gather(1, at).squeeze(1).neg_())
-        # gradient of cross entropy: softmax minus the one-hot target
-        probabilities = log_probs.exp_()
-        probabilities.scatter_add_(1, at, probabilities.new_full(at.shape, -1.0))
-        piece.copy_(probabilities)
+        if wanted:
+            # gradient of cross entropy: softmax minus the one-hot target
+            probabilities = log_probs.exp_()
+            probabilities.scatter_add_(1, at, probabilities.new_full(at.shape, -1.0))
+            piece.copy_(probabilities)
