@@ -48,7 +48,7 @@ class Run:
         self._need("bitsandbytes", "nf4 and int8")
         reference = correctness.Reference(self._extent, self._device)
         for name, checks in correctness.groups(self._device).items():
-            with self._guarded(f"correctness in {name}"):
+            with self.guarded(f"correctness in {name}"):
                 for check in checks(reference):
                     self._report.add("correctness", {**asdict(check), "holds": check.holds})
 
@@ -56,7 +56,7 @@ class Run:
         """Measure peaks and compare them with the planner's prediction."""
         for case in memory.CASES:
             if case.quant == "none" or self._need("bitsandbytes", case.name):
-                with self._guarded(case.name):
+                with self.guarded(case.name):
                     peak = memory.peak(case, self._extent, self._device)
                     self._report.add("memory", asdict(peak))
 
@@ -65,7 +65,7 @@ class Run:
         base = self._extent.measured.base(self._device, "auto")
         meter = self._meter(base)
         for size, count in product(self._extent.sizes, self._extent.counts):
-            with self._guarded(f"{count} adapters, {size} rows per step"):
+            with self.guarded(f"{count} adapters, {size} rows per step"):
                 point = throughput.ours(base, self._extent, meter, size, count)
                 self._report.add("throughput", asdict(point))
 
@@ -77,7 +77,7 @@ class Run:
             if compiled and self._device == "cpu":
                 self._report.add("skipped", f"{arm}: compiling is for GPUs")
                 continue
-            with self._guarded(arm):
+            with self.guarded(arm):
                 base = throughput.peer_base(self._extent, self._device, arm)
                 meter = self._meter(base)
                 for size in self._extent.sizes:
@@ -99,7 +99,7 @@ class Run:
         print(profile.key_averages().table(sort_by=order, row_limit=40))
 
     @contextmanager
-    def _guarded(self, what: str) -> Iterator[None]:
+    def guarded(self, what: str) -> Iterator[None]:
         """Record an error and go on: the other measurements do not depend on this one."""
         try:
             yield
@@ -146,7 +146,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         for part in options.only.split(","):
             begin = time.perf_counter()
-            with run._guarded(part):
+            with run.guarded(part):
                 getattr(run, part)()
             report.add("seconds", {part: round(time.perf_counter() - begin, 1)})
     except TimeUpError:
@@ -169,7 +169,13 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--show", type=Path, help="print the tables of such a file, and end")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--rehearse", action="store_true", help="a tiny model, to test the code")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    known = (*PARTS, "profile")
+    if unknown := [part for part in options.only.split(",") if part not in known]:
+        parser.error(f"--only takes {', '.join(known)}, got {', '.join(unknown)}")
+    if options.show is not None and not options.show.is_file():
+        parser.error(f"--show takes a file that a run wrote, got {options.show}")
+    return options
 
 
 def _time_up(*_: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -101,3 +102,18 @@ def test_without_a_gpu_it_says_what_to_type(
     assert main(["--json", str(tmp_path / "gpu.json")]) == 1
     assert "--device cpu --rehearse" in capsys.readouterr().out
     assert not (tmp_path / "gpu.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--only", "speed"], "--only takes correctness, memory, .*, got speed"),
+        (["--show", "missing.json"], "--show takes a file that a run wrote, got missing.json"),
+    ],
+)
+def test_a_mistake_in_the_command_is_named(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2 and re.search(says, capsys.readouterr().err)
