@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,23 @@ def test_the_command_ends_when_its_time_is_over(tmp_path: Path) -> None:
     assert status == 1  # nothing was compared
     assert any("the time was over" in text for text in values["skipped"])
     assert "throughput" not in values
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_it_ends_though_the_first_signal_falls_into_a_destructor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Slow:
+        def __del__(self) -> None:  # Python prints what is raised here, and goes on
+            time.sleep(4)
+
+    def endless(*_: Any) -> None:
+        Slow()
+        time.sleep(20)
+
+    monkeypatch.setattr("benchmarks.gpu.throughput.ours", endless)
+    _, values = rehearse(tmp_path / "gpu.json", "--only", "throughput", "--minutes", "0.05")
+    assert any("the time was over" in text for text in values["skipped"])
 
 
 def test_without_a_gpu_it_says_what_to_type(
