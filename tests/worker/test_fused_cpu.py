@@ -35,9 +35,11 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) ->
     return (scale * torch.randn(*shape, generator=generator)).to(dtype)
 
 
-def close(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
-    """Compare with a result in float64, up to a few roundings of the dtype."""
-    allowed = 4 * torch.finfo(dtype).eps
+def close(
+    found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype, scale: float = 1.0
+) -> None:
+    """Compare with a result in float64, up to a few roundings of values of size `scale`."""
+    allowed = 4 * torch.finfo(dtype).eps * scale
     torch.testing.assert_close(found.double(), expected, rtol=allowed, atol=allowed)
 
 
@@ -122,11 +124,43 @@ def test_heads_are_turned_and_moved_there_and_back(dtype: torch.dtype) -> None:
 
 @needs_compiler
 @both
-def test_sums_are_in_float32(dtype: torch.dtype) -> None:
-    part, total = draw(3, 5, dtype=dtype), draw(3, 5)
-    expected = total.double() + 0.5 * part.double()
-    fused_cpu.accumulate_(total, part, 0.5)
-    close(total, expected, torch.float32)
+@pytest.mark.parametrize(
+    ("tokens", "rank", "wide"), [(1, 1, 1), (9, 4, 33), (130, 16, 48), (300, 40, 576)]
+)
+def test_matmuls_of_adapters(tokens: int, rank: int, wide: int, dtype: torch.dtype) -> None:
+    x, h = draw(tokens, wide + 3, dtype=dtype)[:, 3:], draw(tokens, rank + 2, dtype=dtype)[:, 2:]
+    a, b = draw(rank, wide, dtype=dtype) / wide**0.5, draw(wide, rank, dtype=dtype)
+    exact_x, exact_h, exact_a, exact_b = (t.double() for t in (x, h, a, b))
+    for weight, exact in ((a.T, exact_a.T), (b, exact_b)):
+        out = draw(tokens, rank + 5, dtype=dtype)
+        others = out[:, :5].clone()
+        fused_cpu.project(x, weight, 0.5, out[:, 5:])
+        close(out[:, 5:], 0.5 * exact_x @ exact, dtype, scale=wide**0.5)
+        assert torch.equal(out[:, :5], others)
+    for weight, exact in ((b.T, exact_b.T), (a, exact_a)):
+        out = draw(tokens, wide + 1, dtype=dtype)
+        expected = out[:, 1:].double() + 0.5 * exact_h @ exact
+        fused_cpu.expand_(out[:, 1:], h, weight, 0.5)
+        close(out[:, 1:], expected, dtype, scale=rank**0.5)
+    for total in (draw(rank, wide), draw(wide, rank).T):
+        expected = total.double() + 0.5 * exact_h.T @ exact_x
+        fused_cpu.reduce_(total, h, x, 0.5)
+        close(total, expected, torch.float32, scale=tokens**0.5)
+
+
+@needs_compiler
+def test_matmuls_of_adapters_do_not_depend_on_the_threads() -> None:
+    x, a, threads = draw(70, 100), draw(4, 100), torch.get_num_threads()
+    outs = []
+    for count in (1, threads, 3):
+        torch.set_num_threads(count)
+        h, out, total = torch.empty(70, 4), torch.zeros(70, 100), torch.zeros(4, 100)
+        fused_cpu.project(x, a.T, 1.0, h)
+        fused_cpu.expand_(out, h, a, 1.0)
+        fused_cpu.reduce_(total, h, x, 1.0)
+        outs.append(torch.cat([h.flatten(), out.flatten(), total.flatten()]))
+    torch.set_num_threads(threads)
+    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
 
 
 @needs_compiler
@@ -165,6 +199,7 @@ def test_other_tensors_are_left_to_pytorch() -> None:
     assert not fused_cpu.can_run(one.double())
     assert not fused_cpu.can_run(one.T[:2])
     assert not fused_cpu.can_run(one, one.bfloat16())
+    assert fused_cpu.knows(one.T[:2]) and not fused_cpu.knows(one.double())
 
 
 def test_without_a_compiler_there_are_no_loops(reloaded: pytest.MonkeyPatch) -> None:

@@ -4,30 +4,14 @@
 // `_bf16`. Results are rounded where the PyTorch operations would round them.
 
 #include <algorithm>
-#include <cstdint>
 #include <cstring>
+
+#include "bfloat16.h"
 
 namespace {
 
 constexpr int64_t LONGEST = 4096;  // keys of a row of attention scores
 constexpr int64_t LANES = 16;      // floats in a vector register
-
-using Bf16 = uint16_t;  // the upper half of a float's bits
-
-inline float load(float x) { return x; }
-
-inline float load(Bf16 x) { return __builtin_bit_cast(float, static_cast<uint32_t>(x) << 16); }
-
-// The bits of the nearest bfloat16, ties to even, in the upper half. A NaN stays one, unless all
-// of its upper bits are set, which no instruction produces.
-inline uint32_t nearest(float x) {
-    uint32_t bits = __builtin_bit_cast(uint32_t, x);
-    return bits + 0x7FFF + ((bits >> 16) & 1);
-}
-
-template <typename T> T rounded(float x);
-template <> inline float rounded<float>(float x) { return x; }
-template <> inline Bf16 rounded<Bf16>(float x) { return static_cast<Bf16>(nearest(x) >> 16); }
 
 // The value that PyTorch would keep between two operations.
 template <typename T> float kept(float x);
@@ -133,15 +117,6 @@ void swiglu_backward(int threads, int64_t rows, int64_t size, const T *grad, con
             for_up[i] = rounded<T>(kept<T>(g * s) * d);
             for_gate[i] = rounded<T>(kept<T>(d * load(up[i])) * s * (1.0f + g * (1.0f - s)));
         }
-    }
-}
-
-// total [size] in float32 += scale * part.
-template <typename T>
-void accumulate(int threads, int64_t size, float scale, const T *part, float *total) {
-#pragma omp parallel for simd num_threads(threads) if (size > 1 << 15)
-    for (int64_t i = 0; i < size; ++i) {
-        total[i] += scale * load(part[i]);
     }
 }
 
@@ -305,9 +280,6 @@ void scatter(int threads, int64_t sequences, int64_t heads, int64_t longest, int
     void swiglu_backward_##NAME(int threads, int64_t rows, int64_t size, const T *grad,            \
                                 const T *source, T *result) {                                      \
         swiglu_backward(threads, rows, size, grad, source, result);                                \
-    }                                                                                              \
-    void accumulate_##NAME(int threads, int64_t size, float scale, const T *part, float *total) {  \
-        accumulate(threads, size, scale, part, total);                                             \
     }                                                                                              \
     void cross_entropy_##NAME(int threads, int64_t rows, int64_t size, T *logits,                  \
                               const int64_t *targets, float *losses) {                             \

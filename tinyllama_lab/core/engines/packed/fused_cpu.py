@@ -1,7 +1,8 @@
-"""Compiles and calls the fused loops of `fused_cpu.cpp`, where a CPU has a C++ compiler.
+"""Compiles and calls the loops of `fused_cpu.cpp` and `lora_cpu.cpp`, if there is a C++ compiler.
 
 Between two matmuls, PyTorch passes over memory once for every operation; a fused loop does so
-once. Compiling takes about two seconds, once per machine: the library is kept in the user's
+once. The small matmuls of adapters spend less time around their products. Compiling takes about
+three seconds, once per machine: the library is kept in the user's
 cache. Without a compiler the callers use PyTorch operations, which give the same numbers up to
 the rounding of sums and exponentials. The variable CXX names another compiler; `CXX=none` turns
 the loops off.
@@ -26,7 +27,8 @@ from tinyllama_lab.errors import CacheError
 logger = logging.getLogger(__name__)
 
 _LIBRARY = "fused_cpu.so"
-SOURCE = Path(__file__).with_suffix(".cpp")
+_SOURCES = [Path(__file__).with_name(name) for name in ("fused_cpu.cpp", "lora_cpu.cpp")]
+_HEADER = Path(__file__).with_name("bfloat16.h")
 LONGEST = 4096  # keys of a row of attention scores, as in the source
 _FLAGS = [
     *("-std=c++17", "-O3", "-march=native", "-mprefer-vector-width=512", "-fopenmp"),
@@ -43,23 +45,28 @@ _PARAMETERS = {  # after the number of threads, in the letters of `_TYPES`
     "rms_norm_backward": "nnppppp",
     "swiglu": "nnpp",
     "swiglu_backward": "nnppp",
-    "accumulate": "nfpp",
     "cross_entropy": "nnppp",
     "causal_softmax": "nnnfp",
     "causal_softmax_backward": "nnnpfp",
     "gather": "nnnnnppfpppp",
     "scatter": "nnnnnppfpppp",
+    "project": "nnnpnpifpn",
+    "expand": "nnnpnpifpn",
+    "reduce": "nnnpnpnfpi",
 }
 
 
 def can_run(*tensors: torch.Tensor) -> bool:
     """Return whether there are loops for these tensors: contiguous, on the CPU, of one dtype."""
-    first = tensors[0]
-    if first.device.type != "cpu" or first.dtype not in _DTYPES or _library() is None:
-        return False
+    dtype = tensors[0].dtype
+    return all(knows(t) and t.is_contiguous() and t.dtype == dtype for t in tensors)
+
+
+def knows(tensor: torch.Tensor) -> bool:
+    """Return whether there are loops for such tensors, contiguous or slices of columns."""
     # fake tensors, which have no memory, are a subclass
-    plain = all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in tensors)
-    return plain and all(t.is_contiguous() and t.dtype == first.dtype for t in tensors)
+    is_plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
+    return is_plain and tensor.dtype in _DTYPES and _library() is not None
 
 
 def rms_norm(
@@ -94,11 +101,6 @@ def swiglu_backward(grad: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     out = torch.empty_like(source)
     _call("swiglu_backward", source.dtype, *grad.shape, grad, source, out)
     return out
-
-
-def accumulate_(total: torch.Tensor, part: torch.Tensor, scale: float) -> None:
-    """Add `scale * part` to `total`, which is contiguous and in float32."""
-    _call("accumulate", part.dtype, part.numel(), scale, part, total)
 
 
 def cross_entropy_(logits: torch.Tensor, targets: torch.Tensor, losses: torch.Tensor) -> None:
@@ -147,6 +149,42 @@ def move(
     _call("scatter" if back else "gather", heads.dtype, *sizes, *spans, turn, *rotary, *tensors)
 
 
+def project(x: torch.Tensor, weight: torch.Tensor, scale: float, out: torch.Tensor) -> None:
+    """Compute `out [tokens, rank] = scale * x [tokens, inputs] @ weight [inputs, rank]`.
+
+    This function and the next two take slices of columns of `x`, `h` and `out`; weights and
+    totals are contiguous or transposed.
+    """
+    sizes = *x.shape, weight.shape[1]
+    _call("project", x.dtype, *sizes, *_rows(x), *_matrix(weight), scale, *_rows(out))
+
+
+def expand_(out: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, scale: float) -> None:
+    """Compute `out [tokens, columns] += scale * h [tokens, rank] @ weight [rank, columns]`."""
+    sizes = *h.shape, weight.shape[1]
+    _call("expand", h.dtype, *sizes, *_rows(h), *_matrix(weight), scale, *_rows(out))
+
+
+def reduce_(total: torch.Tensor, h: torch.Tensor, x: torch.Tensor, scale: float) -> None:
+    """Compute `total [rank, columns] += scale * h [tokens, rank].T @ x [tokens, columns]`.
+
+    The total is in float32.
+    """
+    sizes = *h.shape, x.shape[1]
+    _call("reduce", h.dtype, *sizes, *_rows(h), *_rows(x), scale, *_matrix(total))
+
+
+def _rows(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Return a tensor and the distance of its rows."""
+    assert tensor.stride(1) == 1 or tensor.shape[1] == 1
+    return tensor, tensor.stride(0)
+
+
+def _matrix(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Return a tensor and whether its memory holds the transpose."""
+    return tensor, int(not tensor.is_contiguous())
+
+
 def _call(name: str, dtype: torch.dtype, *arguments: torch.Tensor | float) -> None:
     library = _library()
     assert library is not None, "callers ask `can_run` first"
@@ -160,7 +198,8 @@ def _library() -> ctypes.CDLL | None:
     command = shutil.which(os.environ.get("CXX") or "c++")
     if command is None or not _uses_gnu_openmp():
         return None
-    made_of = SOURCE.read_bytes() + " ".join([command, *_FLAGS, _cpu()]).encode()
+    texts = [path.read_bytes() for path in (*_SOURCES, _HEADER)]
+    made_of = b"".join(texts) + " ".join([command, *_FLAGS, _cpu()]).encode()
     name = f"fused_cpu-{hashlib.sha256(made_of).hexdigest()[:16]}"
     try:
         folder = made_once(name, functools.partial(_compile, command))
@@ -179,7 +218,7 @@ def _library() -> ctypes.CDLL | None:
 
 def _compile(command: str, folder: Path) -> None:
     subprocess.run(
-        [command, *_FLAGS, str(SOURCE), "-o", str(folder / _LIBRARY)],
+        [command, *_FLAGS, *map(str, _SOURCES), "-o", str(folder / _LIBRARY)],
         capture_output=True,
         text=True,
         check=True,

@@ -111,10 +111,11 @@ class _Apply(torch.autograd.Function):
 
 def _add_lora(part: Part, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
     """Add to `result` in place; return `x @ A.T` of all modules, `[rows, modules * rank]`."""
-    h = _masked(x, part) @ part.pairs.a.T
+    h = x.new_empty(len(result), len(part.pairs.a))
+    _project(_masked(x, part), part.pairs.a.T, 1.0, h)
     for columns, ranks, b in zip(part.columns, part.ranks, part.pairs.b, strict=True):
         # a view: the update is written into the output of the frozen matmul
-        result[:, columns].addmm_(h[:, ranks], b.T, alpha=part.scaling)
+        _expand(result[:, columns], h[:, ranks], b.T, part.scaling)
     return h
 
 
@@ -124,12 +125,11 @@ def _add_gradients(
     """Add to the gradients of A and B and to `grad_x [tokens, inputs]`, all in place."""
     pairs, outer, grad_h = part.pairs, grad[part.rows], torch.empty_like(h)
     for number, (columns, ranks) in enumerate(zip(part.columns, part.ranks, strict=True)):
-        torch.mm(outer[:, columns], pairs.b[number], out=grad_h[:, ranks])
-        _accumulate(pairs.grad_b[number], outer[:, columns].T, h[:, ranks], part.scaling)
-    grad_h.mul_(part.scaling)
-    _accumulate(pairs.grad_a, grad_h.T, _masked(x, part), 1.0)
+        _project(outer[:, columns], pairs.b[number], part.scaling, grad_h[:, ranks])
+        _reduce(pairs.grad_b[number].T, h[:, ranks], outer[:, columns], part.scaling)
+    _reduce(pairs.grad_a, grad_h, _masked(x, part), 1.0)
     if part.dropout is None:
-        grad_x[part.rows].addmm_(grad_h, pairs.a)
+        _expand(grad_x[part.rows], grad_h, pairs.a, 1.0)
     else:
         grad_x[part.rows] += (grad_h @ pairs.a).mul_(part.dropout)
 
@@ -138,16 +138,28 @@ def _masked(x: torch.Tensor, part: Part) -> torch.Tensor:
     return x[part.rows] if part.dropout is None else x[part.rows] * part.dropout
 
 
-def _accumulate(
-    total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float
-) -> None:
-    """Compute `total += scale * left @ right`; `total` is float32, the factors may be lower."""
-    if left.dtype == total.dtype:
-        total.addmm_(left, right, alpha=scale)
+def _project(x: torch.Tensor, weight: torch.Tensor, scale: float, out: torch.Tensor) -> None:
+    """Compute `out [tokens, rank] = scale * x @ weight`."""
+    if fused_cpu.knows(x):
+        fused_cpu.project(x, weight, scale, out)
+    else:
+        torch.mm(x, weight, out=out).mul_(scale)
+
+
+def _expand(out: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, scale: float) -> None:
+    """Compute `out [tokens, columns] += scale * h [tokens, rank] @ weight`."""
+    if fused_cpu.knows(h):
+        fused_cpu.expand_(out, h, weight, scale)
+    else:
+        out.addmm_(h, weight, alpha=scale)
+
+
+def _reduce(total: torch.Tensor, h: torch.Tensor, x: torch.Tensor, scale: float) -> None:
+    """Compute `total [rank, columns] += scale * h [tokens, rank].T @ x`, in float32."""
+    if fused_cpu.knows(h):
+        fused_cpu.reduce_(total, h, x, scale)
+    elif h.dtype == total.dtype:
+        total.addmm_(h.T, x, alpha=scale)
     else:
         # matmuls need one dtype, and gradients must not accumulate in half precision
-        part = left @ right
-        if fused_cpu.can_run(part):
-            fused_cpu.accumulate_(total, part, scale)
-        else:
-            total.add_(part, alpha=scale)
+        total.add_(h.T @ x, alpha=scale)
