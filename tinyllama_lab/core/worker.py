@@ -1,14 +1,18 @@
 """The worker process: `python -m tinyllama_lab.core.worker PACK_FOLDER`.
 
+Without the argument it imports what it needs, and waits for the folder on its standard input.
+
 It reads `pack.json`, loads the base once, and trains the pack's adapters together. The adapters of
-trials that are done are loaded, to be scored again. It writes everything
-into the trial folders and the pack's own event file, where the driver reads it.
+trials that are done are loaded, to be scored again. It writes everything into the trial folders
+and the pack's own event file, where the driver reads it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
+import json
 import logging
 import os
 import signal
@@ -153,6 +157,28 @@ def _stop_flag() -> Callable[[], bool]:
     return lambda: bool(signals)
 
 
+def _wait_for_pack() -> Path:
+    """Import what a pack needs, and return the folder that the driver then names.
+
+    What was printed until then goes into the log of the pack, as everything after it does.
+    """
+    # an error of the imports comes again with the pack, and then goes into its log
+    with contextlib.suppress(Exception):
+        importlib.import_module("tinyllama_lab.core.training.stream")
+        importlib.import_module("tinyllama_lab.core.evaluation.bases")
+    line = sys.stdin.readline()
+    if not line:  # the driver has ended, or needs no worker
+        sys.exit(int(Exit.STOPPED))
+    pack = Pack(Path(json.loads(line)))
+    with pack.log_file.open("ab") as log, open(1, "rb", closefd=False) as printed:
+        printed.seek(0)
+        log.write(printed.read())
+        log.flush()
+        for descriptor in (1, 2):
+            os.dup2(log.fileno(), descriptor)
+    return pack.folder
+
+
 def main() -> int:
     """Entry point; the exit status is one of `Exit`."""
     accept_any_text("utf-8")  # it goes into a log, which is read as such
@@ -163,8 +189,14 @@ def main() -> int:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for train.deterministic
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.captureWarnings(True)
-    return int(run_pack(Path(sys.argv[1]), _stop_flag()))
+    stopped = _stop_flag()
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else _wait_for_pack()
+    return int(run_pack(folder, stopped))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    logging.shutdown()
+    # everything is on disk, and to free gigabytes object by object takes seconds
+    os._exit(status)

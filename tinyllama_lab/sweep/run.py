@@ -33,7 +33,7 @@ from tinyllama_lab.sweep.execution.interrupts import Interrupts
 from tinyllama_lab.sweep.execution.schedule import Scheduler
 from tinyllama_lab.sweep.execution.slots import find_slots
 from tinyllama_lab.sweep.execution.source import TrialSource
-from tinyllama_lab.sweep.launchers import workers
+from tinyllama_lab.sweep.launchers import Workers, workers
 from tinyllama_lab.sweep.plan import Plan, Planned, check_cells, data_hint, make_plan
 from tinyllama_lab.sweep.settings.compose import Cell
 from tinyllama_lab.sweep.settings.day import dated
@@ -71,6 +71,10 @@ class Session:
     def say(self, text: str) -> None:
         """Print one line; markup and control characters in it have no effect."""
         self.console.print(shown(text, 2000), highlight=False, markup=False, soft_wrap=True)
+
+    def workers(self) -> Workers:
+        """Return the launcher, which may start a process that waits for its first pack."""
+        return workers(self.launcher, lambda: self.interrupts.came)
 
     @contextmanager
     def locked(self, study: StudyFolder) -> Iterator[None]:
@@ -127,6 +131,8 @@ def run_plan(plan: Plan, session: Session, source: TrialSource | None = None) ->
     written only if it ran to its end.
     """
     unsynced_trials = unsynced(plan, session.workdir)
+    # first: a launcher may let a worker import what it needs, beside the imports of the tracker
+    launcher = session.workers()
     tracker = track.open_tracker(plan.study, plan.config.tracking, session.workdir)
     stopped, summary = True, dict[str, float]()
     try:
@@ -136,7 +142,7 @@ def run_plan(plan: Plan, session: Session, source: TrialSource | None = None) ->
             result = plan.results[planned.trial.key]
             tracker.finish(planned.trial, read_whole(planned.trial, result))
         with Display(plan.todo, session.console) as display:
-            _run(plan, session, tracker, display, source)
+            _run(plan, session, launcher, tracker, display, source)
         stopped = False
     finally:
         try:
@@ -152,31 +158,34 @@ def run_plan(plan: Plan, session: Session, source: TrialSource | None = None) ->
 def _run(
     plan: Plan,
     session: Session,
+    launcher: Workers,
     tracker: track.Tracker,
     display: Display,
     source: TrialSource | None,
 ) -> None:
     """Run the trials of the plan, and then those that confirm its recommendation."""
     if plan.todo or (source and source.left):
-        _schedule(plan, session, tracker, display, source)
+        _schedule(plan, session, launcher, tracker, display, source)
+        if plan.config.confirm != "off":
+            launcher = session.workers()
         add_confirmation(plan, display.say)
     # confirmation trials run without a source, so nothing prunes them
     plan.todo, plan.to_confirm = plan.to_confirm, []
     if plan.todo:
         for planned in plan.todo:
             display.add(planned)
-        _schedule(plan, session, tracker, display)
+        _schedule(plan, session, launcher, tracker, display)
 
 
 def _schedule(
     plan: Plan,
     session: Session,
+    launcher: Workers,
     tracker: track.Tracker,
     display: Display,
     source: TrialSource | None = None,
 ) -> None:
     plan.rows = plan.analysis = None  # the trials will change the study
-    launcher = workers(session.launcher, lambda: session.interrupts.came)
     slots = find_slots(plan.config.hardware, session.launcher)
     Scheduler(plan, launcher, tracker, display, session.interrupts, slots, source).run()
 
