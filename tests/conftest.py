@@ -56,6 +56,17 @@ def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+@pytest.fixture(scope="module", params=["loops", "operators"])
+def kind_of_cpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Run a test with the loops in C++, and as on a machine without a compiler."""
+    from tinyllama_lab.core.engines.packed import fused_cpu
+
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "operators":
+            patch.setattr(fused_cpu, "_library", lambda: None)
+        yield
+
+
 @pytest.fixture(scope="session", autouse=True)
 def unflushed_disk() -> Iterator[None]:
     """Do not wait for the disk: flushing protects from power cuts alone, and takes minutes."""

@@ -113,10 +113,10 @@ class Run:
 
     def _need(self, package: str, what: str) -> bool:
         """Return whether an optional package is installed; the report says what is skipped."""
-        found = importlib.util.find_spec(package) is not None
-        if not found:
+        is_installed = importlib.util.find_spec(package) is not None
+        if not is_installed:
             self._report.add("skipped", f"{what}: {package} is not installed")
-        return found
+        return is_installed
 
     def _meter(self, base: Base) -> Meter:
         if self._gemm_gflops is None:
@@ -136,29 +136,24 @@ def main(arguments: list[str] | None = None) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("gpu-check needs a CUDA GPU, and none is here; --device cpu --rehearse tries it out")
         return 1
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it repeats a note at every product
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it repeats a note at every matmul
     report = Report(options.json)
     device = torch.device(options.device)
     report.add("machine", environment(device, torch.bfloat16, "cuda allocated"))
     run = Run(options, report)
-    signal.signal(signal.SIGALRM, _time_up)
-    # again each second: Python drops what a handler raises inside a callback of the collector
-    signal.setitimer(signal.ITIMER_REAL, 60 * options.minutes, 1.0)
+    left = options.only.split(",")
     try:
-        for part in options.only.split(","):
-            begin = time.perf_counter()
-            with run.guarded(part):
-                getattr(run, part)()
-            report.add("seconds", {part: round(time.perf_counter() - begin, 1)})
+        with _limited(60 * options.minutes):
+            while left:
+                begin = time.perf_counter()
+                with run.guarded(left[0]):
+                    getattr(run, left[0])()
+                report.add("seconds", {left.pop(0): round(time.perf_counter() - begin, 1)})
     except TimeUpError:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        report.add("skipped", f"what was left from {part} on: the time was over")
-    signal.setitimer(signal.ITIMER_REAL, 0)
+        report.add("skipped", f"what was left from {left[0]} on: the time was over")
     print(table(report.values))
-    checks = report.values.get("correctness", [])
-    is_checked = bool(checks) or "correctness" not in options.only
-    is_right = is_checked and all(check["holds"] for check in checks)
-    return int("failed" in report.values or not is_right)
+    wrong = [check for check in report.values.get("correctness", []) if not check["holds"]]
+    return int("failed" in report.values or bool(wrong) or "correctness" in left)
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
@@ -172,6 +167,8 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--rehearse", action="store_true", help="a tiny model, to test the code")
     options = parser.parse_args(arguments)
+    if not options.minutes > 0:
+        parser.error(f"--minutes must be above 0, got {options.minutes:g}")
     known = (*PARTS, "profile")
     if unknown := [part for part in options.only.split(",") if part not in known]:
         parser.error(f"--only takes {', '.join(known)}, got {', '.join(unknown)}")
@@ -180,8 +177,22 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def _time_up(*_: Any) -> None:
-    raise TimeUpError
+@contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    """Raise `TimeUpError` in the block after this time."""
+
+    def time_up(*_: Any) -> None:
+        raise TimeUpError
+
+    handler = signal.signal(signal.SIGALRM, time_up)
+    # again each second: Python drops what a handler raises inside a callback of the collector
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, *timer)  # pytest has one too
 
 
 if __name__ == "__main__":

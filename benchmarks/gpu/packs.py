@@ -100,7 +100,7 @@ class Extent:
     least_s: float = 1.5
     peer_steps: int = 16
     gemm_rows: int = 8192
-    gemm_s: float = 0.25  # of each product
+    gemm_s: float = 0.25  # of each matmul
 
 
 FULL = Extent(

@@ -110,7 +110,7 @@ def generated(base: Base, example: Example, tokens: int) -> list[int]:
 
 
 def mean_loss(base: Base, example: Example) -> float:
-    """Return the mean loss of a row on the bare base, by transformers, in its precision."""
+    """Return the mean loss of a row by transformers, with the adapter that is on the base now."""
     ids = torch.tensor([example.ids], device=base.device)
     with torch.no_grad():
         model: Any = base.model

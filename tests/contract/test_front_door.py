@@ -297,3 +297,5 @@ def test_a_wheel_carries_what_type_checkers_and_hydra_look_for(installed: Path) 
     assert (package / "py.typed").is_file() and (package / "conf/config.yaml").is_file()
     shipped = {path.relative_to(package / "conf") for path in (package / "conf").rglob("*.yaml")}
     assert shipped == {path.relative_to(CONF_DIR) for path in CONF_DIR.rglob("*.yaml")}
+    sources = {path.name for path in (package / "core/engines/packed").glob("*.[ch]*")}
+    assert sources == {"fused_cpu.cpp", "lora_cpu.cpp", "bfloat16.h"}

@@ -113,6 +113,8 @@ def test_adapters_that_share_no_matmul_go_without_kernels() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_kernels_are_tried_before_they_are_used(dtype: torch.dtype) -> None:
     assert fused_gpu._works_on.__wrapped__(torch.device("cpu"), dtype)
+    # of each pair of ranks: result, gradient of x, and both gradients of three modules
+    assert len(fused_gpu._lora_differences(torch.device("cpu"), dtype)) == 3 * (2 + 2 * 3)
 
 
 @interpreted

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,34 @@ def test_a_wrong_gradient_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert correctness.difference(wrong, reference.losses) > 1e-5
     assert not correctness.Check("", float("nan"), 1.0).holds
     assert correctness.difference([[1.0, 1.0]], [[1.0, float("nan")]]) == float("inf")
+    with pytest.raises(ValueError):
+        correctness.difference([[1.0]], [[1.0, 1.0]])  # a step that one side lacks
+
+
+def test_a_wrong_result_does_not_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*arguments: Any, **options: Any) -> list[list[float]]:
+        *losses, last = right(*arguments, **options)
+        return [*losses, [*last[:-1], 1.05 * last[-1]]]  # one held-out row of one adapter
+
+    right = correctness.packed_losses
+    monkeypatch.setattr(correctness, "packed_losses", wrong)
+    groups = correctness.groups("cpu")
+    monkeypatch.setattr(correctness, "groups", lambda _: {"fp32": groups["fp32"]})
+    status, values = rehearse(tmp_path / "gpu.json", "--only", "correctness")
+    holds = {check["name"]: check["holds"] for check in values["correctness"]}
+    assert status == 1 and not holds["fp32 packed, to PEFT and AdamW"]
+    assert holds["fp32 scores of the base, to transformers"]
+
+
+def test_a_cut_comparison_does_not_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(reference: Any) -> Any:
+        yield correctness.Check("quick", 0.0, 1.0)
+        time.sleep(20)
+
+    monkeypatch.setattr(correctness, "groups", lambda _: {"slow": slow})
+    status, values = rehearse(tmp_path / "gpu.json", "--minutes", "0.05")
+    assert status == 1 and "what was left from correctness on" in values["skipped"][-1]
+    assert signal.getitimer(signal.ITIMER_REAL)[1] == 0  # no second signal comes
 
 
 def test_a_pack_that_does_not_fit_is_skipped_and_named(
@@ -91,7 +120,7 @@ def test_an_error_of_one_part_is_recorded_and_the_others_run(
 
 def test_the_command_ends_when_its_time_is_over(tmp_path: Path) -> None:
     status, values = rehearse(tmp_path / "gpu.json", "--minutes", "0.0005")
-    assert status == 1  # nothing was compared
+    assert status == 1
     assert any("the time was over" in text for text in values["skipped"])
     assert "throughput" not in values
 
@@ -126,6 +155,7 @@ def test_without_a_gpu_it_says_what_to_type(
     ("arguments", "says"),
     [
         (["--only", "speed"], "--only takes correctness, memory, .*, got speed"),
+        (["--minutes", "0"], "--minutes must be above 0, got 0"),
         (["--show", "missing.json"], "--show takes a file that a run wrote, got missing.json"),
     ],
 )

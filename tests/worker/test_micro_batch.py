@@ -64,6 +64,30 @@ def test_short_runs_add_up_and_larger_rounds_are_measured_later(lab: Lab, cache:
     assert MicroBatchSize(lab.context()).next(4000, FITTING) == 2560
 
 
+def test_a_pack_that_grows_measures_what_its_rounds_have_room_for(lab: Lab) -> None:
+    chooser = MicroBatchSize(lab.context())
+    for _ in range(2 * ROUNDS):
+        size = chooser.next(1000, FITTING)
+        chooser.note(1000, 1 / size)
+    assert chooser.next(1000, FITTING) == 1280
+    sizes = []
+    for _ in range(ROUNDS):
+        sizes.append(chooser.next(4000, FITTING))
+        text = chooser.note(4000, 4000 / 5e6)
+    assert sizes == [2560] * ROUNDS and text and "micro-batches of 2560 tokens" in text
+    assert chooser.next(4000, FITTING) == 2560 and chooser.next(1000, FITTING) == 1280
+
+
+def test_what_others_have_measured_is_kept(lab: Lab, cache: Path) -> None:
+    first, second = MicroBatchSize(lab.context()), MicroBatchSize(lab.context())
+    assert first.next(4000, FITTING) == second.next(1000, FITTING[:2]) * 2
+    first.note(4000, 4.0)
+    second.note(1000, 1.0)
+    (file,) = cache.glob("micro-batch-*.json")
+    kept = json.loads(file.read_text())["tokens_per_s"]
+    assert {size: len(rounds) for size, rounds in kept.items() if rounds} == {"2560": 1, "1280": 1}
+
+
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"tokens_per_s": {"640": ["a"]}}'])
 def test_a_damaged_file_is_measured_again(text: str, lab: Lab, cache: Path) -> None:
     measured(MicroBatchSize(lab.context()), dict.fromkeys(FITTING, 500.0))

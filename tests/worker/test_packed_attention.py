@@ -14,6 +14,8 @@ from tinyllama_lab.core.engines.packed import attention
 from tinyllama_lab.core.engines.packed.attention import Heads, attend, plan_attention
 from tinyllama_lab.core.engines.packed.batch import WASTE, PackedBatch, lay_out, spans_of
 
+pytestmark = pytest.mark.usefixtures("kind_of_cpu")
+
 CPU = torch.device("cpu")
 HEADS = [Heads(4, 2, 4), Heads(2, 2, 2), Heads(3, 1, 6)]
 LENGTHS = st.lists(st.integers(1, 30), min_size=1, max_size=8)

@@ -99,6 +99,7 @@ def schedule(step: int, train: TrainConfig) -> float:
     return (1 + math.cos(math.pi * done)) / 2 if train.schedule == "cosine" else 1 - done
 
 
+@pytest.mark.usefixtures("kind_of_cpu")
 def test_a_hundred_steps_of_three_adapters_equal_peft_and_adamw(
     tiny_base: Base, configure: Any, tmp_path: Path
 ) -> None:
@@ -126,6 +127,7 @@ def trials(lab: Lab, place: str, deterministic: bool) -> list[TrialFolder]:
     return [lab.trial({**shared, **changes}, place) for changes in EIGHT]
 
 
+@pytest.mark.usefixtures("kind_of_cpu")
 def test_a_deterministic_pack_gives_every_bit_of_each_trial_alone(lab: Lab) -> None:
     together, alone = trials(lab, "together", True), trials(lab, "alone", True)
     assert {r.state for r in lab.run(together)} == {State.DONE}

@@ -34,6 +34,8 @@ from tinyllama_lab.core.models import lora
 from tinyllama_lab.core.models.loading import Base
 from tinyllama_lab.errors import ModelError
 
+pytestmark = pytest.mark.usefixtures("kind_of_cpu")
+
 MIXED = [
     settings(r=2, targets="attention_qv"),
     settings(r=8, targets="all_linear", variant="rslora"),

@@ -27,6 +27,8 @@ from tinyllama_lab.core.engines.packed.batch import lay_out
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
 from tinyllama_lab.core.engines.packed.llama import why_not_packed
 
+pytestmark = pytest.mark.usefixtures("kind_of_cpu")
+
 CPU = torch.device("cpu")
 RAGGED = (5, 17, 1, 9, 60, 18, 2, 1)
 PACKS = {

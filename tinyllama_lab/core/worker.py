@@ -158,22 +158,24 @@ def _stop_flag() -> Callable[[], bool]:
 
 
 def _wait_for_pack() -> Path:
-    """Import what a pack needs, and return the folder that the driver then names.
+    """Import what a pack needs, and return the folder that the driver then sends.
 
-    What was printed until then goes into the log of the pack, as everything after it does.
+    What was printed until then moves to the log of the pack, as everything after it does.
     """
-    # an error of the imports comes again with the pack, and then goes into its log
-    with contextlib.suppress(Exception):
+    try:
         importlib.import_module("tinyllama_lab.core.training.stream")
         importlib.import_module("tinyllama_lab.core.evaluation.bases")
+    except Exception:  # the pack fails for the same reason
+        logger.exception("the imports failed")
     line = sys.stdin.readline()
     if not line:  # the driver has ended, or needs no worker
         sys.exit(int(Exit.STOPPED))
     pack = Pack(Path(json.loads(line)))
-    with pack.log_file.open("ab") as log, open(1, "rb", closefd=False) as printed:
+    with pack.log_file.open("ab") as log, open(1, "r+b", closefd=False) as printed:
         printed.seek(0)
         log.write(printed.read())
         log.flush()
+        printed.truncate(0)
         for descriptor in (1, 2):
             os.dup2(log.fileno(), descriptor)
     return pack.folder
@@ -190,13 +192,19 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.captureWarnings(True)
     stopped = _stop_flag()
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else _wait_for_pack()
+    try:
+        folder = Path(sys.argv[1]) if len(sys.argv) > 1 else _wait_for_pack()
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        return int(Exit.NO_SPACE)
     return int(run_pack(folder, stopped))
 
 
 if __name__ == "__main__":
     status = main()
-    sys.stdout.flush()
-    logging.shutdown()
+    with contextlib.suppress(OSError):  # the disk may be full
+        sys.stdout.flush()
+        logging.shutdown()
     # everything is on disk, and to free gigabytes object by object takes seconds
     os._exit(status)

@@ -72,10 +72,6 @@ class Session:
         """Print one line; markup and control characters in it have no effect."""
         self.console.print(shown(text, 2000), highlight=False, markup=False, soft_wrap=True)
 
-    def workers(self) -> Workers:
-        """Return the launcher, which may start a process that waits for its first pack."""
-        return workers(self.launcher, lambda: self.interrupts.came)
-
     @contextmanager
     def locked(self, study: StudyFolder) -> Iterator[None]:
         """Lock the study for this driver, and handle signals meanwhile."""
@@ -130,9 +126,22 @@ def run_plan(plan: Plan, session: Session, source: TrialSource | None = None) ->
     The table and the tracking run are updated even if the command is stopped; the report is
     written only if it ran to its end.
     """
+    if not (plan.todo or plan.to_confirm or (source and source.left)):
+        _run_tracked(plan, session, source, None)
+        return
+    # before the tracker: the imports of both take seconds, and a local worker starts now
+    launcher = workers(session.launcher, lambda: session.interrupts.came)
+    try:
+        _run_tracked(plan, session, source, launcher)
+    finally:
+        launcher.close()
+
+
+def _run_tracked(
+    plan: Plan, session: Session, source: TrialSource | None, launcher: Workers | None
+) -> None:
+    """Send what the tracking server lacks, run what there is to run, and record all of it."""
     unsynced_trials = unsynced(plan, session.workdir)
-    # first: a launcher may let a worker import what it needs, beside the imports of the tracker
-    launcher = session.workers()
     tracker = track.open_tracker(plan.study, plan.config.tracking, session.workdir)
     stopped, summary = True, dict[str, float]()
     try:
@@ -141,8 +150,9 @@ def run_plan(plan: Plan, session: Session, source: TrialSource | None = None) ->
             tracker.follow(planned.trial, planned.label, params(planned.config, plan.swept))
             result = plan.results[planned.trial.key]
             tracker.finish(planned.trial, read_whole(planned.trial, result))
-        with Display(plan.todo, session.console) as display:
-            _run(plan, session, launcher, tracker, display, source)
+        if launcher is not None:
+            with Display(plan.todo, session.console) as display:
+                _run(plan, session, launcher, tracker, display, source)
         stopped = False
     finally:
         try:
@@ -166,8 +176,6 @@ def _run(
     """Run the trials of the plan, and then those that confirm its recommendation."""
     if plan.todo or (source and source.left):
         _schedule(plan, session, launcher, tracker, display, source)
-        if plan.config.confirm != "off":
-            launcher = session.workers()
         add_confirmation(plan, display.say)
     # confirmation trials run without a source, so nothing prunes them
     plan.todo, plan.to_confirm = plan.to_confirm, []

@@ -33,13 +33,16 @@ ROUNDS = 4  # of each size; the first one also prepares the kernels for new shap
 class MicroBatchSize:
     """The size for every round of a pool: some in turn at first, then the best one.
 
+    Larger rounds, in which more sizes differ, are measured when they come.
+
     Measurements are kept in the user's cache after every round, so short runs add up.
     """
 
     def __init__(self, context: WorkerContext) -> None:
         self._context = context
         self._chosen: int | None = None
-        self._speeds: dict[int, list[float]] = {}  # tokens/s of the rounds so far, by size
+        self._speeds: dict[int, list[float]] | None = None  # tokens/s of the rounds, by size
+        self._useful: list[int] = []  # sizes that differ for the round at hand
 
     def begin(self) -> None:
         """Set the size of the shared context, which another pool may have changed."""
@@ -54,52 +57,56 @@ class MicroBatchSize:
                 not be chosen.
         """
         context = self._context
+        pairs = zip((0, *fitting), fitting, strict=False)
+        self._useful = [size for smaller, size in pairs if smaller < round_tokens]
         is_given = context.hardware.micro_batch_tokens or context.fitting_tokens
-        if self._chosen is not None or is_given:
+        if is_given or len(self._useful) < 2:
+            self._useful = []
             return context.micro_batch_tokens
-        if not self._speeds:
-            pairs = zip((0, *fitting), fitting, strict=False)
-            useful = [size for smaller, size in pairs if smaller < round_tokens]
-            if len(useful) < 2:  # a later round may have more tokens
-                return context.micro_batch_tokens
-            self._speeds = self._stored(useful)
-        if self._is_measured():
-            self._chosen = context.measured_tokens = best_size(self._speeds)
+        if self._speeds is None:
+            self._speeds = self._stored()
+        speeds = self._speeds_of_useful()
+        if _are_measured(speeds):
+            self._chosen = context.measured_tokens = best_size(speeds)
         else:
             # in turn, so that a change of the machine's speed meets all sizes alike; the largest
             # first, because it is most often the best
-            fewest = min(len(speeds) for speeds in self._speeds.values())
-            unmeasured = [n for n, speeds in self._speeds.items() if len(speeds) == fewest]
-            context.measured_tokens = max(unmeasured)
+            fewest = min(map(len, speeds.values()))
+            context.measured_tokens = max(n for n, of in speeds.items() if len(of) == fewest)
         return context.micro_batch_tokens
 
     def note(self, tokens: int, seconds: float) -> str | None:
         """Record a round of `next`'s size; return what was measured once a size is chosen."""
-        size = self._context.measured_tokens
-        if self._chosen is not None or size not in self._speeds or self._context.fitting_tokens:
+        size, speeds = self._context.measured_tokens, self._speeds_of_useful()
+        if size not in speeds or _are_measured(speeds) or self._context.fitting_tokens:
             return None
-        self._speeds[size].append(round(tokens / seconds, 1))
+        speeds[size].append(round(tokens / seconds, 1))
         self._store()
-        if not self._is_measured():
+        if not _are_measured(speeds):
             return None
-        self._chosen = self._context.measured_tokens = best_size(self._speeds)
-        speeds = {n: round(statistics.median(found)) for n, found in self._speeds.items()}
-        measured = ", ".join(f"{speed} tokens/s at {n}" for n, speed in speeds.items())
+        self._chosen = self._context.measured_tokens = best_size(speeds)
+        medians = {n: round(statistics.median(of)) for n, of in speeds.items()}
+        measured = ", ".join(f"{speed} tokens/s at {n}" for n, speed in medians.items())
         return f"micro-batches of {self._chosen} tokens from now on: measured {measured}"
 
-    def _is_measured(self) -> bool:
-        return all(len(speeds) >= ROUNDS for speeds in self._speeds.values())
+    def _speeds_of_useful(self) -> dict[int, list[float]]:
+        if self._speeds is None:
+            return {}
+        return {size: self._speeds.setdefault(size, []) for size in self._useful}
 
-    def _stored(self, sizes: Sequence[int]) -> dict[int, list[float]]:
+    def _stored(self) -> dict[int, list[float]]:
         """Return the tokens/s that earlier workers measured for each size, maybe none."""
         try:
             stored = json.loads(self._file().read_text(encoding="utf-8"))["tokens_per_s"]
-            return {n: [float(speed) for speed in stored.get(str(n), [])] for n in sizes}
+            return {int(n): [float(speed) for speed in speeds] for n, speeds in stored.items()}
         except (OSError, CacheError, ValueError, KeyError, TypeError, AttributeError):
-            return {n: [] for n in sizes}
+            return {}
 
     def _store(self) -> None:
-        stored = {"for": self._facts(), "tokens_per_s": self._speeds}
+        speeds = self._stored()  # another worker may have measured meanwhile
+        for size, rounds in (self._speeds or {}).items():
+            speeds[size] = max(speeds.get(size, []), rounds, key=len)
+        stored = {"for": self._facts(), "tokens_per_s": speeds}
         try:
             write_atomic(self._file(), json.dumps(stored, indent=2) + "\n")
         except (OSError, CacheError) as error:  # the next worker measures again
@@ -122,6 +129,10 @@ class MicroBatchSize:
             "dtype": str(base.dtype),
             "keep_dequantized": self._context.hardware.keep_dequantized,
         }
+
+
+def _are_measured(speeds: dict[int, list[float]]) -> bool:
+    return all(len(rounds) >= ROUNDS for rounds in speeds.values())
 
 
 def best_size(speeds: dict[int, list[float]]) -> int:

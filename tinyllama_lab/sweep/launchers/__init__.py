@@ -30,6 +30,9 @@ class Workers(Protocol):
     def start(self, pack: Pack) -> Worker:
         """Start a worker on a pack folder that is already written."""
 
+    def close(self) -> None:
+        """End what was started ahead of its pack and is not needed; workers go on."""
+
 
 LAUNCHERS = ("local", "inline")  # values of `hydra/launcher`, each a module of this folder
 

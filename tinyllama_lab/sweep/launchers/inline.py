@@ -39,3 +39,6 @@ class InlineWorkers:
         # by name: the driver must not import the worker, whose torch takes seconds to load
         worker = importlib.import_module("tinyllama_lab.core.worker")
         return InlineWorker(int(worker.run_pack(pack.folder, self._stopped)))
+
+    def close(self) -> None:
+        """Do nothing: nothing was started ahead."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
@@ -30,17 +30,23 @@ def worker_environment() -> dict[str, str]:
 class LocalWorker:
     """A worker in a session of its own, so that Ctrl-C reaches it only through the driver."""
 
-    def __init__(self, pack: Pack, process: subprocess.Popen[bytes] | None = None) -> None:
-        """Start a process, or take one that has the pack already."""
-        if process is None:
-            # a file, not a pipe: the worker must not block or die when the driver is gone
-            with pack.log_file.open("ab") as log:
-                process = _start([str(pack.folder)], subprocess.DEVNULL, log)
-        self._process = process
+    def __init__(self, pack: Pack, ahead: _Ahead | None = None) -> None:
+        """Start a process, or take one that was started ahead and knows the pack."""
+        self._pack, self._ahead = pack, ahead
+        if ahead is not None:
+            self._process = ahead.process
+            return
+        # a file, not a pipe: the worker must not block or die when the driver is gone
+        with pack.log_file.open("ab") as log:
+            self._process = _start([str(pack.folder)], subprocess.DEVNULL, log)
 
     def exit_code(self) -> int | None:
         """See `Worker`."""
-        return self._process.poll()
+        code = self._process.poll()
+        if code is not None and self._ahead is not None:
+            self._ahead.keep_output(self._pack)
+            self._ahead = None
+        return code
 
     def stop(self, patience_s: float) -> None:
         """See `Worker`."""
@@ -63,24 +69,68 @@ def workers(stopped: Callable[[], bool]) -> Workers:
 class LocalWorkers:
     """Starts each worker as a process.
 
-    The first process starts at once, and imports torch while the driver prepares the pack.
+    Without a GPU the first process starts at once, and imports torch while the driver prepares its
+    pack. With GPUs the pack says which one to use, and that must be known before the imports.
     """
 
     def __init__(self) -> None:
-        self._ahead: subprocess.Popen[bytes] | None = None
-        # on a machine with GPUs, the pack says which one to use, before torch is imported
-        if not has_cuda():
-            with tempfile.TemporaryFile() as output:
-                self._ahead = _start([], subprocess.PIPE, output)
-            self._end = weakref.finalize(self, _end, self._ahead)
+        self._ahead = None if has_cuda() else _Ahead.start()
 
     def start(self, pack: Pack) -> LocalWorker:
         """See `Workers`."""
         ahead, self._ahead = self._ahead, None
-        if ahead is None:
-            return LocalWorker(pack)
-        self._end.detach()
-        return LocalWorker(pack, ahead if _give(ahead, pack) else None)
+        if ahead is not None and ahead.send(pack):
+            return LocalWorker(pack, ahead)
+        return LocalWorker(pack)
+
+    def close(self) -> None:
+        """See `Workers`."""
+        if self._ahead is not None:
+            self._ahead.end()
+            self._ahead = None
+
+
+class _Ahead:
+    """A worker process that waits for its pack."""
+
+    def __init__(self, process: subprocess.Popen[bytes], output: IO[bytes]) -> None:
+        self.process = process
+        self._output = output  # of the process, until it has a pack
+
+    @classmethod
+    def start(cls) -> _Ahead | None:
+        """Start it; None if that is not possible, because nothing depends on it."""
+        try:
+            output = tempfile.TemporaryFile()
+            return cls(_start([], subprocess.PIPE, output), output)
+        except OSError:
+            return None
+
+    def send(self, pack: Pack) -> bool:
+        """Send the pack; return False if the process has ended."""
+        assert self.process.stdin is not None
+        try:
+            with self.process.stdin as pipe:
+                pipe.write(json.dumps(str(pack.folder)).encode() + b"\n")
+        except BrokenPipeError:
+            self.end()
+            return False
+        return True
+
+    def keep_output(self, pack: Pack) -> None:
+        """Add to the pack's log what the process printed but could not write there itself."""
+        # of a full disk the exit status tells
+        with contextlib.suppress(OSError), self._output as output:
+            output.seek(0)
+            if text := output.read():
+                with pack.log_file.open("ab") as log:
+                    log.write(text)
+
+    def end(self) -> None:
+        """Kill the process."""
+        self.process.kill()
+        self.process.communicate()
+        self._output.close()
 
 
 def _start(arguments: list[str], stdin: int, output: IO[bytes]) -> subprocess.Popen[bytes]:
@@ -92,21 +142,3 @@ def _start(arguments: list[str], stdin: int, output: IO[bytes]) -> subprocess.Po
         env={**worker_environment(), DRIVER_PID: str(os.getpid())},
         start_new_session=True,
     )
-
-
-def _give(process: subprocess.Popen[bytes], pack: Pack) -> bool:
-    """Name the pack to a waiting process; return False if it has ended."""
-    assert process.stdin is not None
-    try:
-        with process.stdin as pipe:
-            pipe.write(json.dumps(str(pack.folder)).encode() + b"\n")
-    except BrokenPipeError:
-        process.wait()
-        return False
-    return process.poll() is None
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process that got no pack."""
-    process.kill()
-    process.communicate()

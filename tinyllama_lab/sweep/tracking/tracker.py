@@ -71,7 +71,7 @@ _ENVIRONMENT = {  # set before mlflow is imported, unless the user has set it
 
 
 def open_tracker(study: StudyFolder, tracking: TrackingConfig, workdir: Path) -> Tracker:
-    """Return the tracker of a study. Call it before any worker runs: it creates the database.
+    """Return the tracker of a study. Call it before any pack is started: it creates the database.
 
     Runs that a killed driver left RUNNING become KILLED.
     """

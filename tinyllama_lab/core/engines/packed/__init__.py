@@ -48,6 +48,9 @@ W gets no gradient. `x` is not kept for backward but recomputed from `source` (`
 and of the adapter only `h` is kept. The mask is that of dropout (`dropout.py`): a hash of trial
 seed, step, example, token and module, so it does not depend on what else is in the batch.
 
+On a CPU with a C++ compiler, the matmuls with A and B are loops of `lora_cpu.cpp`, and the
+elementwise steps loops of `fused_cpu.cpp`. `fused_cpu.py` compiles and calls both.
+
 On a GPU, `segments.py` replaces the loop over spans: the kernels of `triton_lora.py` take all
 adapters and all modules of a linear layer in one launch. The elementwise steps are kernels too
 (`fused_gpu.py`, `triton_steps.py`). Tests run the kernels in Triton's interpreter.

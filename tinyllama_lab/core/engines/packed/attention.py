@@ -117,10 +117,10 @@ def plan_attention(
     buckets = []
     for bucket in batch.buckets():
         sequences = torch.tensor(bucket.sequences)
-        first, own = starts[sequences], lengths[sequences]
+        first, sizes = starts[sequences], lengths[sequences]
         step = torch.arange(bucket.longest)
-        tokens = first[:, None] + torch.minimum(step, own[:, None] - 1)
-        real = (step < own[:, None]).flatten().nonzero()[:, 0]
+        tokens = first[:, None] + torch.minimum(step, sizes[:, None] - 1)
+        real = (step < sizes[:, None]).flatten().nonzero()[:, 0]
         has_softmax = fused_cpu.can_run(cos)
         limit = LONGEST_FUSED if has_softmax else LONGEST_PLAIN
         is_plain = not cos.is_cuda and bucket.longest <= limit
@@ -128,7 +128,7 @@ def plan_attention(
             Padded(
                 bucket.sequences,
                 bucket.longest,
-                (first, own),
+                (first, sizes),
                 tokens.flatten().to(cos.device, non_blocking=True),
                 real.to(cos.device, non_blocking=True) if len(real) < tokens.numel() else None,
                 is_plain,

@@ -17,7 +17,7 @@ constexpr int64_t LANES = 16;      // floats in a vector register
 template <typename T> float kept(float x);
 template <> inline float kept<float>(float x) { return x; }
 template <> inline float kept<Bf16>(float x) {
-    return __builtin_bit_cast(float, nearest(x) & 0xFFFF0000);
+    return bits_of<float>(nearest(x) & 0xFFFF0000);
 }
 
 // e^x to about 2e-7 relative. A vectorised loop cannot call the library's.
@@ -26,7 +26,7 @@ inline float exponential(float x) {
     x = x > 80.0f ? 80.0f : x;
     const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
     float whole = x * 1.44269504f + shift;
-    uint32_t power = (__builtin_bit_cast(uint32_t, whole) << 23) + 0x3F800000;
+    uint32_t power = (bits_of<uint32_t>(whole) << 23) + 0x3F800000;
     whole -= shift;
     float r = x - whole * 0.693359375f;
     r -= whole * -2.12194440e-4f;
@@ -37,7 +37,7 @@ inline float exponential(float x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    return p * __builtin_bit_cast(float, power);
+    return p * bits_of<float>(power);
 }
 
 inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
@@ -120,10 +120,10 @@ void swiglu_backward(int threads, int64_t rows, int64_t size, const T *grad, con
     }
 }
 
-// logits [rows, size] become the gradient of the cross entropy; losses [rows].
+// losses [rows]; logits [rows, size] become the gradient of the cross entropy if `wanted`.
 template <typename T>
 void cross_entropy(int threads, int64_t rows, int64_t size, T *logits, const int64_t *targets,
-                   float *losses) {
+                   int wanted, float *losses) {
 #pragma omp parallel for num_threads(threads)
     for (int64_t row = 0; row < rows; ++row) {
         T *at = logits + row * size;
@@ -139,13 +139,16 @@ void cross_entropy(int threads, int64_t rows, int64_t size, T *logits, const int
         }
         float target = load(at[targets[row]]);
         losses[row] = __builtin_logf(sum) - (target - highest);  // rounded as in log_softmax
+        if (!wanted) {
+            continue;
+        }
         float share = 1.0f / sum;
-        float wanted = exponential(target - highest) * share - 1.0f;
+        float at_target = exponential(target - highest) * share - 1.0f;
 #pragma omp simd
         for (int64_t i = 0; i < size; ++i) {
             at[i] = rounded<T>(exponential(load(at[i]) - highest) * share);
         }
-        at[targets[row]] = rounded<T>(wanted);
+        at[targets[row]] = rounded<T>(at_target);
     }
 }
 
@@ -282,8 +285,8 @@ void scatter(int threads, int64_t sequences, int64_t heads, int64_t longest, int
         swiglu_backward(threads, rows, size, grad, source, result);                                \
     }                                                                                              \
     void cross_entropy_##NAME(int threads, int64_t rows, int64_t size, T *logits,                  \
-                              const int64_t *targets, float *losses) {                             \
-        cross_entropy(threads, rows, size, logits, targets, losses);                               \
+                              const int64_t *targets, int wanted, float *losses) {                 \
+        cross_entropy(threads, rows, size, logits, targets, wanted, losses);                       \
     }                                                                                              \
     void causal_softmax_##NAME(int threads, int64_t matrices, int64_t rows, int64_t size,          \
                                float scale, T *scores) {                                           \

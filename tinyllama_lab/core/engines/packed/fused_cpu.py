@@ -1,11 +1,11 @@
 """Compiles and calls the loops of `fused_cpu.cpp` and `lora_cpu.cpp`, if there is a C++ compiler.
 
 Between two matmuls, PyTorch passes over memory once for every operation; a fused loop does so
-once. The small matmuls of adapters spend less time around their products. Compiling takes about
-three seconds, once per machine: the library is kept in the user's
-cache. Without a compiler the callers use PyTorch operations, which give the same numbers up to
-the rounding of sums and exponentials. The variable CXX names another compiler; `CXX=none` turns
-the loops off.
+once. The matmuls of adapters are too small for PyTorch's calls. Compiling takes about three
+seconds, once per machine: the library is kept in the user's cache. Without a compiler, or where
+PyTorch does not use GNU's OpenMP, the callers use PyTorch operations, which give the same numbers
+up to the rounding of sums and exponentials; the log says so. The variable CXX names another
+compiler; `CXX=none` turns the loops off.
 """
 
 from __future__ import annotations
@@ -15,9 +15,13 @@ import functools
 import hashlib
 import logging
 import os
+import platform
+import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,7 +35,8 @@ _SOURCES = [Path(__file__).with_name(name) for name in ("fused_cpu.cpp", "lora_c
 _HEADER = Path(__file__).with_name("bfloat16.h")
 LONGEST = 4096  # keys of a row of attention scores, as in the source
 _FLAGS = [
-    *("-std=c++17", "-O3", "-march=native", "-mprefer-vector-width=512", "-fopenmp"),
+    *("-std=c++17", "-O3", "-march=native", "-fopenmp"),
+    *(["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []),
     # vectorized loops need these two; NaN and infinity still count
     *("-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"),
     # peeled iterations would make the order of a sum depend on the address of a tensor
@@ -45,7 +50,7 @@ _PARAMETERS = {  # after the number of threads, in the letters of `_TYPES`
     "rms_norm_backward": "nnppppp",
     "swiglu": "nnpp",
     "swiglu_backward": "nnppp",
-    "cross_entropy": "nnppp",
+    "cross_entropy": "nnppip",
     "causal_softmax": "nnnfp",
     "causal_softmax_backward": "nnnpfp",
     "gather": "nnnnnppfpppp",
@@ -59,10 +64,10 @@ _PARAMETERS = {  # after the number of threads, in the letters of `_TYPES`
 def can_run(*tensors: torch.Tensor) -> bool:
     """Return whether there are loops for these tensors: contiguous, on the CPU, of one dtype."""
     dtype = tensors[0].dtype
-    return all(knows(t) and t.is_contiguous() and t.dtype == dtype for t in tensors)
+    return all(supports(t) and t.is_contiguous() and t.dtype == dtype for t in tensors)
 
 
-def knows(tensor: torch.Tensor) -> bool:
+def supports(tensor: torch.Tensor) -> bool:
     """Return whether there are loops for such tensors, contiguous or slices of columns."""
     # fake tensors, which have no memory, are a subclass
     is_plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
@@ -103,16 +108,26 @@ def swiglu_backward(grad: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def cross_entropy_(logits: torch.Tensor, targets: torch.Tensor, losses: torch.Tensor) -> None:
-    """Fill `losses [rows]` in float32, and overwrite `logits [rows, size]` by their gradient."""
-    _call("cross_entropy", logits.dtype, *logits.shape, logits, targets, losses)
+def cross_entropy_(
+    logits: torch.Tensor, targets: torch.Tensor, losses: torch.Tensor, wanted: bool
+) -> None:
+    """Fill `losses [rows]` in float32.
+
+    If the gradient is wanted, it overwrites `logits [rows, size]`.
+    """
+    _call("cross_entropy", logits.dtype, *logits.shape, logits, targets, int(wanted), losses)
 
 
 def causal_softmax_(scores: torch.Tensor, scale: float) -> torch.Tensor:
     """Overwrite `scores [matrices, rows, size]` by causal probabilities; return them.
 
     Row n belongs to query `n % size`, whose keys are 0 to `n % size`.
+
+    Raises:
+        ValueError: a row is longer than `LONGEST`.
     """
+    if scores.shape[2] > LONGEST:
+        raise ValueError(f"rows must have at most {LONGEST} scores, got {scores.shape[2]}")
     _call("causal_softmax", scores.dtype, *scores.shape, scale, scores)
     return scores
 
@@ -154,13 +169,22 @@ def project(x: torch.Tensor, weight: torch.Tensor, scale: float, out: torch.Tens
 
     This function and the next two take slices of columns of `x`, `h` and `out`; weights and
     totals are contiguous or transposed.
+
+    Raises:
+        ValueError: dtypes or strides are others.
     """
+    _check_dtypes(x, weight, out)
     sizes = *x.shape, weight.shape[1]
     _call("project", x.dtype, *sizes, *_rows(x), *_matrix(weight), scale, *_rows(out))
 
 
 def expand_(out: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, scale: float) -> None:
-    """Compute `out [tokens, columns] += scale * h [tokens, rank] @ weight [rank, columns]`."""
+    """Compute `out [tokens, columns] += scale * h [tokens, rank] @ weight [rank, columns]`.
+
+    Raises:
+        ValueError: as in `project`.
+    """
+    _check_dtypes(h, weight, out)
     sizes = *h.shape, weight.shape[1]
     _call("expand", h.dtype, *sizes, *_rows(h), *_matrix(weight), scale, *_rows(out))
 
@@ -168,21 +192,42 @@ def expand_(out: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, scale: flo
 def reduce_(total: torch.Tensor, h: torch.Tensor, x: torch.Tensor, scale: float) -> None:
     """Compute `total [rank, columns] += scale * h [tokens, rank].T @ x [tokens, columns]`.
 
-    The total is in float32.
+    Args:
+        total: in float32.
+        h: the left factor.
+        x: the right factor.
+        scale: a factor.
+
+    Raises:
+        ValueError: as in `project`.
     """
+    _check_dtypes(h, x)
+    _check_dtypes(total, like=torch.float32)
     sizes = *h.shape, x.shape[1]
     _call("reduce", h.dtype, *sizes, *_rows(h), *_rows(x), scale, *_matrix(total))
 
 
+def _check_dtypes(*tensors: torch.Tensor, like: torch.dtype | None = None) -> None:
+    """Refuse what the loops would read as other numbers."""
+    dtypes = {tensor.dtype for tensor in tensors} | ({like} if like else set())
+    if len(dtypes) > 1:
+        raise ValueError(f"tensors must have one dtype, got {', '.join(map(str, dtypes))}")
+
+
 def _rows(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
     """Return a tensor and the distance of its rows."""
-    assert tensor.stride(1) == 1 or tensor.shape[1] == 1
+    if tensor.stride(1) != 1 and tensor.shape[1] != 1:
+        raise ValueError(f"rows must be contiguous, got strides {tensor.stride()}")
     return tensor, tensor.stride(0)
 
 
 def _matrix(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
     """Return a tensor and whether its memory holds the transpose."""
-    return tensor, int(not tensor.is_contiguous())
+    if tensor.is_contiguous():
+        return tensor, 0
+    if not tensor.T.is_contiguous():
+        raise ValueError(f"it must be contiguous or transposed, got strides {tensor.stride()}")
+    return tensor, 1
 
 
 def _call(name: str, dtype: torch.dtype, *arguments: torch.Tensor | float) -> None:
@@ -194,19 +239,25 @@ def _call(name: str, dtype: torch.dtype, *arguments: torch.Tensor | float) -> No
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    """Return the compiled library, or None if there is no compiler."""
-    command = shutil.which(os.environ.get("CXX") or "c++")
-    if command is None or not _uses_gnu_openmp():
+    """Return the compiled library, or None if there is none; the log says why."""
+    command = shlex.split(os.environ.get("CXX") or "c++")
+    if reason := _why_not(command):
+        logger.info("no fused loops, training is slower: %s", reason)
         return None
-    texts = [path.read_bytes() for path in (*_SOURCES, _HEADER)]
-    made_of = b"".join(texts) + " ".join([command, *_FLAGS, _cpu()]).encode()
-    name = f"fused_cpu-{hashlib.sha256(made_of).hexdigest()[:16]}"
     try:
+        texts = [path.read_text(encoding="utf-8") for path in (*_SOURCES, _HEADER)]
+        made_of = "\n".join([*texts, _run([*command, "--version"]), *command, *_FLAGS, _cpu()])
+        name = f"fused_cpu-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}"
         folder = made_once(name, functools.partial(_compile, command))
+        before = _openmp_runtimes()
         library = ctypes.CDLL(str(folder / _LIBRARY))
     except (OSError, CacheError, subprocess.SubprocessError) as error:
-        reason = getattr(error, "stderr", None) or error
-        logger.warning("no fused loops, training is slower: %s failed: %s", command, reason)
+        lines = str(getattr(error, "stderr", None) or error).splitlines()
+        text = " | ".join(lines[:5])
+        logger.warning("no fused loops, training is slower: %s failed: %s", command[0], text)
+        return None
+    if added := _openmp_runtimes() - before:  # it would have threads of its own
+        logger.warning("no fused loops, training is slower: %s uses %s", command[0], added)
         return None
     for kernel, letters in _PARAMETERS.items():
         for dtype in _DTYPES.values():
@@ -216,22 +267,34 @@ def _library() -> ctypes.CDLL | None:
     return library
 
 
-def _compile(command: str, folder: Path) -> None:
-    subprocess.run(
-        [command, *_FLAGS, *map(str, _SOURCES), "-o", str(folder / _LIBRARY)],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=_COMPILER_TIMEOUT_S,
-    )
+def _why_not(command: list[str]) -> str | None:
+    """Return why the loops cannot be compiled here, or None."""
+    if shutil.which(command[0]) is None:
+        return f"{command[0]} is not a C++ compiler of this machine"
+    runtimes = _openmp_runtimes()
+    if not runtimes or not all(name.startswith("libgomp") for name in runtimes):
+        return f"PyTorch must use GNU's OpenMP, got {', '.join(sorted(runtimes)) or 'none'}"
+    return None
 
 
-def _uses_gnu_openmp() -> bool:
-    """Return whether PyTorch uses GNU's OpenMP; another runtime would double the threads."""
+def _compile(command: list[str], folder: Path) -> None:
+    _run([*command, *_FLAGS, *map(str, _SOURCES), "-o", str(folder / _LIBRARY)])
+
+
+def _run(command: list[str]) -> str:
+    """Return what a command prints."""
+    options: dict[str, Any] = {"capture_output": True, "text": True, "check": True}
+    printed: str = subprocess.run(command, timeout=_COMPILER_TIMEOUT_S, **options).stdout
+    return printed
+
+
+def _openmp_runtimes() -> set[str]:
+    """Return the files of OpenMP runtimes in this process; none where that is unknown."""
     try:
-        return "libgomp" in Path("/proc/self/maps").read_text()
+        maps = Path("/proc/self/maps").read_text()
     except OSError:  # not Linux
-        return False
+        return set()
+    return set(re.findall(r"/(lib[gi]?omp[^/\n]*\.so[^/\n]*)", maps))
 
 
 def _cpu() -> str:

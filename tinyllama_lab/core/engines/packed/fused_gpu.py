@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.nn import functional
 from tinyllama_lab.core.engines.packed.adapter import AdapterSpan, table_row
 from tinyllama_lab.core.engines.packed.layout import Layout
 from tinyllama_lab.core.engines.packed.segments import (
+    HIGHEST_RANK,
     ModuleColumns,
     Segments,
     next_power_of_two,
@@ -23,6 +25,11 @@ logger = logging.getLogger(__name__)
 
 _BLOCK = 1024  # elements of a program
 _TOLERANCE = 0.02  # a few roundings to bfloat16
+# of two adapters in one launch: common small ones, an odd one, and the highest
+_CHECKED_RANKS = ((8, 16), (8, 33), (HIGHEST_RANK, 64))
+_MODULES_OF = ("first", "second"), ("second",)  # each of the two adapters
+_WIDTHS = {"first": 32, "second": 16}  # outputs of the modules
+_NUMBERS = {"first": 0, "second": 1}
 
 
 def can_run(*tensors: torch.Tensor) -> bool:
@@ -136,53 +143,71 @@ def _works_on(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _lora_differences(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """Compare the low-rank kernels with matmuls: two adapters, of which one has one module."""
-    inputs, outputs, tokens = 48, (32, 16), (40, 9)
-    x, grad = _draw(49, inputs).to(device, dtype), _draw(49, 48).to(device, dtype)
-    numbers = {"first": 0, "second": 1}
+    """Compare the low-rank kernels with matmuls: two adapters, of which one has one module.
+
+    The kernels are compiled anew for other sizes of ranks, so several are compared.
+    """
+    return {
+        f"{name}, ranks {ranks}": value
+        for ranks in _CHECKED_RANKS
+        for name, value in _differences_of_ranks(ranks, device, dtype).items()
+    }
+
+
+def _differences_of_ranks(
+    ranks: tuple[int, int], device: torch.device, dtype: torch.dtype
+) -> dict[str, float]:
+    inputs = 48
+    x, grad = (_draw(49, 48, seed=seed).to(device, dtype) for seed in (1, 2))
     spans: list[AdapterSpan] = []
-    rows, pairs = [], []
-    for rank, names, count in zip(
-        (8, 33), (("first", "second"), ("second",)), tokens, strict=True
-    ):
-        layout = Layout(rank, {name: (outputs[numbers[name]], inputs) for name in names})
-        weights = _draw(layout.size).to(device, dtype)
+    rows: list[torch.Tensor] = []
+    for rank, names, end in zip(ranks, _MODULES_OF, (40, 49), strict=True):
+        layout = Layout(rank, {name: (_WIDTHS[name], inputs) for name in names})
+        weights = _draw(layout.size, seed=end).to(device, dtype)
         gradients = torch.zeros(layout.size, device=device)
-        rows.append(table_row(layout, numbers, weights, gradients, scaling=2.0))
-        modules = {numbers[name] for name in names}
-        adapter: Any = SimpleNamespace(layout=layout, module_numbers=modules)
-        begin = spans[-1].end if spans else 0
-        spans.append(AdapterSpan(adapter, begin, begin + count))
-        pairs.append((layout, weights, gradients))  # the table has their addresses alone
-    segments, columns = Segments(spans, rows), ModuleColumns(0, inputs, outputs, device)
+        rows.append(table_row(layout, _NUMBERS, weights, gradients, scaling=2.0))
+        numbers = {_NUMBERS[name] for name in names}
+        # kept here, because the row has nothing but the addresses of weights and gradients
+        facts = {"layout": layout, "weights": weights, "gradients": gradients}
+        adapter: Any = SimpleNamespace(module_numbers=numbers, **facts)
+        spans.append(AdapterSpan(adapter, spans[-1].end if spans else 0, end))
+    segments = Segments(spans, rows)
+    columns = ModuleColumns(0, inputs, tuple(_WIDTHS.values()), device)
     result, grad_x = torch.zeros_like(grad), torch.zeros_like(x)
     h = segments.forward(columns, x, result)
     segments.backward(columns, x, h, grad, grad_x)
+    differences, expected, expected_x = _compared_with_matmuls(spans, x.float(), grad.float())
+    differences |= {"result": _apart(result, expected), "grad x": _apart(grad_x, expected_x)}
+    return differences
 
-    expected, expected_x = torch.zeros_like(grad).float(), torch.zeros_like(x).float()
+
+def _compared_with_matmuls(
+    spans: Sequence[Any], x: torch.Tensor, grad: torch.Tensor
+) -> tuple[dict[str, float], torch.Tensor, torch.Tensor]:
+    """Return differences of the adapters' gradients, and the right result and gradient of x."""
+    result, grad_x = torch.zeros_like(grad), torch.zeros_like(x)
     differences = {}
-    for span, (layout, weights, gradients) in zip(spans, pairs, strict=True):
-        own = slice(span.begin, span.end)
-        for name, offsets in layout.offsets.items():
-            a, b = (matrix.float() for matrix in layout.matrices(weights, offsets))
-            grad_a, grad_b = layout.matrices(gradients, offsets)
-            cut = slice(0, 32) if name == "first" else slice(32, 48)
-            inner, outer = 2.0 * x[own].float() @ a.T, grad[own, cut].float()
-            expected[own, cut] += inner @ b.T
-            expected_x[own] += 2.0 * outer @ b @ a
-            differences[f"grad A {layout.rank}"] = _apart(
-                grad_a, (2.0 * outer @ b).T @ x[own].float()
-            )
-            differences[f"grad B {layout.rank}"] = _apart(grad_b, outer.T @ inner)
-    return differences | {
-        "result": _apart(result, expected),
-        "grad x": _apart(grad_x, expected_x),
-    }
+    for number, span in enumerate(spans):
+        at, adapter = slice(span.begin, span.end), span.adapter
+        for name, offsets in adapter.layout.offsets.items():
+            a, b = (m.float() for m in adapter.layout.matrices(adapter.weights, offsets))
+            grad_a, grad_b = adapter.layout.matrices(adapter.gradients, offsets)
+            begin = 0 if name == "first" else _WIDTHS["first"]
+            columns = slice(begin, begin + _WIDTHS[name])
+            inner, outer = 2.0 * x[at] @ a.T, grad[at, columns]
+            result[at, columns] += inner @ b.T
+            grad_x[at] += 2.0 * outer @ b @ a
+            differences[f"grad A {number} {name}"] = _apart(grad_a, (2.0 * outer @ b).T @ x[at])
+            differences[f"grad B {number} {name}"] = _apart(grad_b, outer.T @ inner)
+    return differences, result, grad_x
 
 
 def _step_differences(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """Compare the elementwise kernels with PyTorch's operators and their gradients."""
-    source, grad, weight = (_draw(*shape).to(device, dtype) for shape in ((9, 96), (9, 96), (96,)))
+    shapes = (9, 96), (9, 96), (96,)
+    source, grad, weight = (
+        _draw(*shape, seed=seed).to(device, dtype) for seed, shape in enumerate(shapes)
+    )
     exact, outer = source.float().requires_grad_(), grad.float()
     norm, rstd = rms_norm(source, weight, 1e-5)
     expected = functional.rms_norm(exact, (96,), weight.float(), 1e-5)
@@ -203,8 +228,8 @@ def _step_differences(device: torch.device, dtype: torch.dtype) -> dict[str, flo
     }
 
 
-def _draw(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+def _draw(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def _apart(value: torch.Tensor, expected: torch.Tensor) -> float:

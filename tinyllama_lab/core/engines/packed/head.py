@@ -61,7 +61,7 @@ def _score(
 ) -> None:
     """Fill `losses`; if the gradient is wanted, overwrite `logits` by it."""
     if fused_cpu.can_run(logits):
-        fused_cpu.cross_entropy_(logits, targets, losses)  # both in one pass
+        fused_cpu.cross_entropy_(logits, targets, losses, wanted)  # both in one pass
         return
     rows = SOFTMAX_ROWS if logits.device.type == "cpu" else max(1, len(logits))
     for piece, target, loss in zip(

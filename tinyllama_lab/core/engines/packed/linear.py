@@ -140,7 +140,7 @@ def _masked(x: torch.Tensor, part: Part) -> torch.Tensor:
 
 def _project(x: torch.Tensor, weight: torch.Tensor, scale: float, out: torch.Tensor) -> None:
     """Compute `out [tokens, rank] = scale * x @ weight`."""
-    if fused_cpu.knows(x):
+    if fused_cpu.supports(x):
         fused_cpu.project(x, weight, scale, out)
     else:
         torch.mm(x, weight, out=out).mul_(scale)
@@ -148,7 +148,7 @@ def _project(x: torch.Tensor, weight: torch.Tensor, scale: float, out: torch.Ten
 
 def _expand(out: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, scale: float) -> None:
     """Compute `out [tokens, columns] += scale * h [tokens, rank] @ weight`."""
-    if fused_cpu.knows(h):
+    if fused_cpu.supports(h):
         fused_cpu.expand_(out, h, weight, scale)
     else:
         out.addmm_(h, weight, alpha=scale)
@@ -156,7 +156,7 @@ def _expand(out: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, scale: flo
 
 def _reduce(total: torch.Tensor, h: torch.Tensor, x: torch.Tensor, scale: float) -> None:
     """Compute `total [rank, columns] += scale * h [tokens, rank].T @ x`, in float32."""
-    if fused_cpu.knows(h):
+    if fused_cpu.supports(h):
         fused_cpu.reduce_(total, h, x, scale)
     elif h.dtype == total.dtype:
         total.addmm_(h.T, x, alpha=scale)

@@ -1,6 +1,6 @@
-// The matmuls of a LoRA adapter on a CPU. One side of each is the rank, and there are thousands of
-// them in a step: a general matmul spends most of its time around them. Products and sums are in
-// float32, in an order that depends on nothing but the sizes. `fused_cpu.py` compiles this file.
+// The matmuls of a LoRA adapter on a CPU. One side of each is the rank, so they are small, and a
+// step has thousands of them: with a general matmul, the calls take longer than the arithmetic. Sums
+// are in float32, in an order that depends on the sizes alone. `fused_cpu.py` compiles this file.
 
 #include <algorithm>
 #include <vector>
@@ -24,10 +24,10 @@ typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4)));
 
 int64_t padded(int64_t size, int64_t step) { return (size + step - 1) / step * step; }
 
-// from [rows, columns] -> to [rows, stride] in float32, zero where `from` ends.
+// Copy from [rows, columns] to [rows, stride] in float32, with zeros where `from` ends.
 template <typename T>
-void widen(int64_t rows, int64_t columns, const T *from, int64_t from_stride, float *to,
-           int64_t stride) {
+void to_float(int64_t rows, int64_t columns, const T *from, int64_t from_stride, float *to,
+              int64_t stride) {
     for (int64_t row = 0; row < rows; ++row) {
         const T *source = from + row * from_stride;
         float *target = to + row * stride;
@@ -41,8 +41,8 @@ void widen(int64_t rows, int64_t columns, const T *from, int64_t from_stride, fl
 
 // The same, transposed: to [columns, stride].
 template <typename T>
-void widen_transposed(int64_t rows, int64_t columns, const T *from, int64_t from_stride, float *to,
-                      int64_t stride) {
+void to_float_transposed(int64_t rows, int64_t columns, const T *from, int64_t from_stride,
+                         float *to, int64_t stride) {
     for (int64_t i = 0; i < columns; ++i) {
         for (int64_t row = 0; row < rows; ++row) {
             to[i * stride + row] = load(from[row * from_stride + i]);
@@ -81,30 +81,31 @@ template <typename T>
 void project(int threads, int64_t tokens, int64_t inputs, int64_t rank, const T *x,
              int64_t x_stride, const T *weight, int transposed, float scale, T *out,
              int64_t out_stride) {
-    int64_t wide = padded(rank, LANES);
-    std::vector<float> whole(inputs * wide);
+    int64_t padded_rank = padded(rank, LANES);
+    std::vector<float> weight_f32(inputs * padded_rank);
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<float> own(HEIGHT * inputs);
+        std::vector<float> x_f32(HEIGHT * inputs);
         float tile[HEIGHT * WIDTH];
 #pragma omp for
         for (int64_t begin = 0; begin < inputs; begin += LANES) {
             int64_t count = std::min(LANES, inputs - begin);
-            float *to = whole.data() + begin * wide;
+            float *to = weight_f32.data() + begin * padded_rank;
             if (transposed) {
-                widen_transposed(rank, count, weight + begin, inputs, to, wide);
+                to_float_transposed(rank, count, weight + begin, inputs, to, padded_rank);
             } else {
-                widen(count, rank, weight + begin * rank, rank, to, wide);
+                to_float(count, rank, weight + begin * rank, rank, to, padded_rank);
             }
         }
 #pragma omp for
         for (int64_t begin = 0; begin < tokens; begin += HEIGHT) {
             int64_t rows = std::min(HEIGHT, tokens - begin);
-            widen(rows, inputs, x + begin * x_stride, x_stride, own.data(), inputs);
+            to_float(rows, inputs, x + begin * x_stride, x_stride, x_f32.data(), inputs);
             for (int64_t first = 0; first < rank; first += WIDTH) {
-                bool narrow = wide - first == LANES;
-                auto *both = narrow ? multiply<1> : multiply<2>;
-                both(inputs, own.data(), inputs, 1, whole.data() + first, wide, tile);
+                // the last tile may be half as wide
+                auto *product = padded_rank - first == LANES ? multiply<1> : multiply<2>;
+                const float *right = weight_f32.data() + first;
+                product(inputs, x_f32.data(), inputs, 1, right, padded_rank, tile);
                 for (int64_t row = 0; row < rows; ++row) {
                     T *to = out + (begin + row) * out_stride + first;
                     for (int64_t i = 0; i < std::min(WIDTH, rank - first); ++i) {
@@ -132,12 +133,12 @@ void expand(int threads, int64_t tokens, int64_t rank, int64_t columns, const T 
                 int64_t count = std::min(WIDTH, columns - first);
                 int64_t end = std::min(DEPTH, tokens - begin);
                 if (transposed) {
-                    widen_transposed(count, rank, weight + first * rank, rank, right.data(),
+                    to_float_transposed(count, rank, weight + first * rank, rank, right.data(),
                                      WIDTH);
                 } else {
-                    widen(rank, count, weight + first, columns, right.data(), WIDTH);
+                    to_float(rank, count, weight + first, columns, right.data(), WIDTH);
                 }
-                widen(end, rank, h + begin * h_stride, h_stride, left.data(), rank);
+                to_float(end, rank, h + begin * h_stride, h_stride, left.data(), rank);
                 for (int64_t at = 0; at < end; at += HEIGHT) {
                     multiply<2>(rank, left.data() + at * rank, rank, 1, right.data(), WIDTH, tile);
                     for (int64_t row = 0; row < std::min(HEIGHT, end - at); ++row) {
@@ -159,20 +160,21 @@ template <typename T>
 void reduce(int threads, int64_t tokens, int64_t rank, int64_t columns, const T *h,
             int64_t h_stride, const T *x, int64_t x_stride, float scale, float *total,
             int transposed) {
-    int64_t high = padded(rank, HEIGHT);
+    int64_t padded_rank = padded(rank, HEIGHT);
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<float> right(DEPTH * WIDTH), left(DEPTH * high);
+        std::vector<float> right(DEPTH * WIDTH), left(DEPTH * padded_rank);
         float tile[HEIGHT * WIDTH];
 #pragma omp for
         for (int64_t first = 0; first < columns; first += WIDTH) {
             int64_t count = std::min(WIDTH, columns - first);
             for (int64_t begin = 0; begin < tokens; begin += DEPTH) {
                 int64_t depth = std::min(DEPTH, tokens - begin);
-                widen(depth, count, x + begin * x_stride + first, x_stride, right.data(), WIDTH);
-                widen(depth, rank, h + begin * h_stride, h_stride, left.data(), high);
+                to_float(depth, count, x + begin * x_stride + first, x_stride, right.data(), WIDTH);
+                to_float(depth, rank, h + begin * h_stride, h_stride, left.data(), padded_rank);
                 for (int64_t top = 0; top < rank; top += HEIGHT) {
-                    multiply<2>(depth, left.data() + top, 1, high, right.data(), WIDTH, tile);
+                    multiply<2>(depth, left.data() + top, 1, padded_rank, right.data(), WIDTH,
+                                tile);
                     int64_t rows = std::min(HEIGHT, rank - top);
                     for (int64_t row = 0; row < rows; ++row) {
                         int64_t step = transposed ? rank : 1;
