@@ -165,6 +165,9 @@ class FakeWorkers:
         self.started.append(FakeWorker(act(pack, self.faults, self.completions)))
         return self.started[-1]
 
+    def close(self) -> None:
+        """Nothing was started ahead."""
+
 
 class ProcessWorker:
     """The same steps in a process of their own."""
@@ -195,6 +198,9 @@ class ProcessWorkers:
     def start(self, pack: Pack) -> ProcessWorker:
         """See `Workers`."""
         return ProcessWorker(pack, self.faults)
+
+    def close(self) -> None:
+        """Nothing was started ahead."""
 
 
 def main() -> int:

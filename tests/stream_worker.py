@@ -118,6 +118,9 @@ class StreamWorkers:
         self.started.append(FakeWorker(act(pack, self.completions, self.faults)))
         return self.started[-1]
 
+    def close(self) -> None:
+        """Nothing was started ahead."""
+
 
 class ProcessWorker:
     """The same steps in a process of their own, which ends with its driver."""
@@ -144,6 +147,9 @@ class ProcessWorkers:
     def start(self, pack: Pack) -> ProcessWorker:
         """See `Workers`."""
         return ProcessWorker(pack)
+
+    def close(self) -> None:
+        """Nothing was started ahead."""
 
 
 def main() -> int:

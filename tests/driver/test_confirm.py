@@ -78,6 +78,9 @@ class Workers:
             self._do(task)
         return self
 
+    def close(self) -> None:
+        """Nothing was started ahead."""
+
     def exit_code(self) -> int:
         return int(Exit.DONE)
 
