@@ -179,6 +179,13 @@ def test_a_dequantized_copy_of_a_4_bit_base_changes_no_bit(make_pack: MakePack) 
     assert found[0] == found[1]
 
 
+def test_a_worker_that_is_stopped_while_it_starts_loads_no_model(make_pack: MakePack) -> None:
+    pack, (trial,) = make_pack({"train.max_steps": 5000})
+    assert run_pack(pack.folder, lambda: True) == Exit.STOPPED
+    assert [event["name"] for event in read_events(pack.events_file)] == ["starting"]
+    assert state(trial) is None
+
+
 def test_a_signal_stops_the_process_with_its_work_saved(make_pack: MakePack) -> None:
     pack, (trial,) = make_pack({"train.max_steps": 5000})
     command = [sys.executable, "-m", "tinyllama_lab.core.worker", str(pack.folder)]

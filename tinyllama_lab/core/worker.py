@@ -65,12 +65,13 @@ def _run_trials(pack: Pack, log: EventLog, stopped: Callable[[], bool]) -> None:
     # slow imports: only after the pack is locked and the driver sees that the worker runs
     import torch
 
-    from tinyllama_lab.core.context import WorkerContext
+    from tinyllama_lab.core.context import WorkerContext, raise_if_stopped
     from tinyllama_lab.core.meter import PeakMemory
     from tinyllama_lab.core.models.loading import load_base
     from tinyllama_lab.core.training.attempt import tasks_with_data
     from tinyllama_lab.core.training.memory import keep_freed_memory
 
+    raise_if_stopped(stopped)  # the driver may have died during the imports
     hardware = part(HardwareConfig, work.hardware)
     if hardware.threads is not None:
         torch.set_num_threads(hardware.threads)
