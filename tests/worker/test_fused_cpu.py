@@ -231,9 +231,9 @@ def test_other_tensors_are_left_to_pytorch() -> None:
 
 def test_what_the_loops_would_misread_is_refused() -> None:
     one, half = torch.zeros(4, 4), torch.zeros(4, 4, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="one dtype"):
+    with pytest.raises(ValueError, match="the dtype must be torch.float32, got torch.bfloat16"):
         fused_cpu.project(one, half, 1.0, one)
-    with pytest.raises(ValueError, match="one dtype"):
+    with pytest.raises(ValueError, match="the dtype must be torch.float32, got torch.bfloat16"):
         fused_cpu.reduce_(half, half, half, 1.0)
     with pytest.raises(ValueError, match="rows must be contiguous"):
         fused_cpu.expand_(one, one.T, one, 1.0)

@@ -166,7 +166,7 @@ def _wait_for_pack() -> Path:
     try:
         importlib.import_module("tinyllama_lab.core.training.stream")
         importlib.import_module("tinyllama_lab.core.evaluation.bases")
-    except Exception:  # the pack fails for the same reason
+    except Exception:  # the pack fails too, and its log has this reason
         logger.exception("the imports failed")
     line = sys.stdin.readline()
     if not line:  # the driver has ended, or needs no worker

@@ -173,7 +173,7 @@ def project(x: torch.Tensor, weight: torch.Tensor, scale: float, out: torch.Tens
     Raises:
         ValueError: dtypes or strides are others.
     """
-    _check_dtypes(x, weight, out)
+    _check_dtypes(x.dtype, weight, out)
     sizes = *x.shape, weight.shape[1]
     _call("project", x.dtype, *sizes, *_rows(x), *_matrix(weight), scale, *_rows(out))
 
@@ -184,7 +184,7 @@ def expand_(out: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, scale: flo
     Raises:
         ValueError: as in `project`.
     """
-    _check_dtypes(h, weight, out)
+    _check_dtypes(h.dtype, weight, out)
     sizes = *h.shape, weight.shape[1]
     _call("expand", h.dtype, *sizes, *_rows(h), *_matrix(weight), scale, *_rows(out))
 
@@ -201,17 +201,17 @@ def reduce_(total: torch.Tensor, h: torch.Tensor, x: torch.Tensor, scale: float)
     Raises:
         ValueError: as in `project`.
     """
-    _check_dtypes(h, x)
-    _check_dtypes(total, like=torch.float32)
+    _check_dtypes(h.dtype, x)
+    _check_dtypes(torch.float32, total)
     sizes = *h.shape, x.shape[1]
     _call("reduce", h.dtype, *sizes, *_rows(h), *_rows(x), scale, *_matrix(total))
 
 
-def _check_dtypes(*tensors: torch.Tensor, like: torch.dtype | None = None) -> None:
+def _check_dtypes(dtype: torch.dtype, *tensors: torch.Tensor) -> None:
     """Refuse what the loops would read as other numbers."""
-    dtypes = {tensor.dtype for tensor in tensors} | ({like} if like else set())
-    if len(dtypes) > 1:
-        raise ValueError(f"tensors must have one dtype, got {', '.join(map(str, dtypes))}")
+    for tensor in tensors:
+        if tensor.dtype != dtype:
+            raise ValueError(f"the dtype must be {dtype}, got {tensor.dtype}")
 
 
 def _rows(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
