@@ -201,3 +201,28 @@ def test_a_signal_stops_the_process_with_its_work_saved(make_pack: MakePack) -> 
         assert process.wait(60) == Exit.STOPPED
     assert state(trial) is None and list(trial.checkpoint_dir.glob("step-*"))
     assert pack.living_worker() is None
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ({}, {"GOMP_SPINCOUNT": "1000"}),
+        ({"GOMP_SPINCOUNT": "9"}, {"GOMP_SPINCOUNT": "9"}),
+        ({"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "active"}),
+    ],
+)
+def test_threads_of_a_worker_do_not_spin_unless_the_user_says_so(
+    tmp_path: Path, typed: dict[str, str], expected: dict[str, str]
+) -> None:
+    """Else one other program on the machine would slow training down many times over."""
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    plain = {name: value for name, value in os.environ.items() if name not in names}
+    code = (
+        "import os, sys, tinyllama_lab.core.worker as worker; worker.run_pack = lambda *a: 0; "
+        "worker.main(); "
+        f"print({{n: os.environ[n] for n in {names} if n in os.environ}}, 'torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    ended = subprocess.run(command, env=plain | typed, capture_output=True, text=True)
+    # the library reads them when it is loaded, so before torch is imported
+    assert ended.stdout.strip() == f"{expected} False", ended.stderr
