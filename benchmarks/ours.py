@@ -26,8 +26,9 @@ def run(job: Job) -> tuple[list[Trained], dict[str, Any], Peak]:
 
     Returns the measurements of each round, the settings, and on CUDA the peak memory in MiB.
     """
-    from tinyllama_lab.core.worker import run_pack  # torch: late, so that the driver needs none
+    from tinyllama_lab.core.worker import run_pack, share_cores  # late: the driver needs no torch
 
+    share_cores()
     settings: dict[str, Any] = {}
     trained, peaks = [], [0.0]
     with tempfile.TemporaryDirectory(prefix="bench-") as root:

@@ -158,6 +158,16 @@ def _stop_flag() -> Callable[[], bool]:
     return lambda: bool(signals)
 
 
+def share_cores() -> None:
+    """Let threads that wait for each other give up their cores; called before torch is imported.
+
+    Threads that spin keep each other off the cores: with one other program on two cores, a step
+    took 20 times as long instead of less than twice.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
 def _wait_for_pack() -> Path:
     """Import what a pack needs, and return the folder that the driver then sends.
 
@@ -190,10 +200,7 @@ def main() -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for train.deterministic
-    if "OMP_WAIT_POLICY" not in os.environ:
-        # threads that wait by spinning keep each other off the cores: with one other program on
-        # two cores, a step took 20 times as long instead of less than twice
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    share_cores()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.captureWarnings(True)
     stopped = _stop_flag()
