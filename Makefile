@@ -8,7 +8,7 @@ PIP    := $(RUN) -m pip install --disable-pip-version-check --quiet -c constrain
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint ui sweep report bench gpu-check clean
+.PHONY: help setup demo test lint ui sweep report chat deploy bench gpu-check clean
 
 help:  ## Show the targets; all take ARGS
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -33,6 +33,12 @@ sweep: $(READY)  ## Run a grid: make sweep ARGS="lora.r=8,16 data.n=256,512"
 
 report: $(READY)  ## Write and show what a study came to: make report ARGS="study=default"
 	$(RUN) -m tinyllama_lab report $(ARGS)
+
+chat: $(READY)  ## Talk to the recommended adapter: make chat ARGS='--once "Book a room"'
+	$(RUN) -m tinyllama_lab.deploy chat $(ARGS)
+
+deploy: $(READY)  ## Merge it, write it for llama.cpp, and measure every export again
+	$(RUN) -m tinyllama_lab.deploy $(ARGS)
 
 ui: $(READY)  ## Open the MLflow UI on the runs, on http://127.0.0.1:5000
 	$(RUN) -m tinyllama_lab ui $(ARGS)

@@ -16,12 +16,13 @@ DRIVER_ONLY = {"hydra", "omegaconf", "optuna", "mlflow", "tinyllama_lab.sweep"}
 UNSAFE_CALLS = {"eval", "exec", "torch.load", "yaml.load", "os.system"}
 
 
-HALVES = {"core", "sweep", "report"}
+HALVES = {"core", "sweep", "report", "deploy"}
 PACKAGE = Package(ROOT)
 # Each part may import from those on its left, and never from those on its right.
 ORDERS = {
     "package": ("errors", "metrics", "output", "study", "config", "data", "report", "sweep"),
-    "worker": ("errors", "metrics", "output", "study", "config", "data", "core"),
+    "worker": ("errors", "metrics", "output", "study", "config", "data", "core", "deploy"),
+    "winner": ("core", "report", "deploy"),
     "core": (
         *("core.dataset", "core.models", "core.engines", "core.meter", "core.out_of_memory"),
         *("core.context", "core.evaluation", "core.training", "core.worker"),

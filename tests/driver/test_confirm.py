@@ -153,7 +153,7 @@ def read(study: StudyFolder) -> str:
     """Return the findings below the table, as a report prints them."""
     text = io.StringIO()
     console = Console(file=text, width=200)
-    print_findings(Analysis(read_study(study)), console)
+    print_findings(study, Analysis(read_study(study)), console)
     return " ".join(text.getvalue().split())
 
 

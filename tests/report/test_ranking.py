@@ -256,7 +256,7 @@ def test_without_a_done_trial_there_is_no_recommendation(tmp_path: Path) -> None
 
 def printed(study: StudyFolder) -> str:
     text = io.StringIO()
-    print_findings(Analysis(read_study(study)), Console(file=text, width=200))
+    print_findings(study, Analysis(read_study(study)), Console(file=text, width=200))
     return text.getvalue()
 
 

@@ -132,13 +132,13 @@ def test_finished_rows_are_removed(
     writers: Writers, end: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
-    write = decoding._decode_step
+    step = decoding.Decoder.step
 
-    def watched(llama: Any, ids: torch.Tensor, rows: Any) -> torch.Tensor:
+    def watched(decoder: decoding.Decoder, ids: torch.Tensor) -> None:
         sizes.append(len(ids))
-        return write(llama, ids, rows)
+        step(decoder, ids)
 
-    monkeypatch.setattr(decoding, "_decode_step", watched)
+    monkeypatch.setattr(decoding.Decoder, "step", watched)
     writers.write(end)
     assert sizes == sorted(sizes, reverse=True) and sizes[-1] < sizes[0]
 

@@ -58,6 +58,12 @@ def report_command(study: StudyFolder) -> str:
     return sweep_command(["report", *study_settings(study)])
 
 
+def chat_command(study: StudyFolder) -> str:
+    """Return the command that talks to the recommended adapter, quoted for a shell."""
+    settings = study_settings(study)
+    return shlex.join(["python", "-m", "tinyllama_lab.deploy", "chat", *settings])
+
+
 def study_settings(study: StudyFolder) -> list[str]:
     """Return the settings that select a study; its root only if that is not the default.
 

@@ -95,7 +95,7 @@ def main(arguments: list[str]) -> None:
     # not wrapped, so that a command or a path can be copied as one line
     for text in failures([*rows.trials, *rows.confirmation]):
         console.print(text, highlight=False, markup=False, soft_wrap=True)
-    print_findings(analysis, console)
+    print_findings(study, analysis, console)
     page = write_report(study, analysis)
     print(f"written: {page}, {study.table_file} and {study.metrics_file}")
     if changed := not_default(study, settings):

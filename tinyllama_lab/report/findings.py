@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from tinyllama_lab.config.axes import show, words
+from tinyllama_lab.config.command import chat_command
 from tinyllama_lab.errors import shown
 from tinyllama_lab.metrics import COSTS
 from tinyllama_lab.report.analysis.analysis import Analysis
@@ -32,6 +33,7 @@ from tinyllama_lab.report.analysis.statistics import Estimate
 from tinyllama_lab.report.analysis.text_scores import shown_on_terminal
 from tinyllama_lab.report.caveats import caveats, method_notes, not_compared
 from tinyllama_lab.report.verdicts import verdict_words
+from tinyllama_lab.study.study import StudyFolder
 
 _CHOSEN_FOR = {"quant.kind": "memory"}
 _INTERVAL = (
@@ -146,7 +148,7 @@ def costs_in_words(effect: Contrast) -> str:
     return ", ".join(words)
 
 
-def print_findings(analysis: Analysis, console: Console) -> None:
+def print_findings(study: StudyFolder, analysis: Analysis, console: Console) -> None:
     """Print the recommendation, the findings and the notes below the table."""
     comparison, settings = analysis.comparison, analysis.settings
     if not comparison.trials:
@@ -156,6 +158,8 @@ def print_findings(analysis: Analysis, console: Console) -> None:
     effects, recommended = analysis.effects, analysis.recommendation
     for text in recommended.advice.sentences:
         _print(console, text, "bold")
+    if any(cell.is_chosen for cell in recommended.cells):
+        _print(console, f"Talk to it: {chat_command(study)}", "bold")
     for text in explained(recommended, comparison.measure):
         _print(console, f"  {text}", "dim")
     sentences = findings(comparison, effects, recommended.cells, settings.margin)

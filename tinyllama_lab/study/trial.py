@@ -293,6 +293,11 @@ class TrialFolder(ResultFolder):
         return self.adapter_dir / ADAPTER_WEIGHTS
 
     @property
+    def deploy_dir(self) -> Path:
+        """What was exported for use outside of a sweep; see `Exports`."""
+        return self.folder / "deploy"
+
+    @property
     def eval_dir(self) -> Path:
         return self.folder / "eval"
 

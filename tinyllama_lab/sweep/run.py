@@ -301,7 +301,7 @@ def print_results(
     for text in outcome:
         session.say(text)
     if judged:
-        print_findings(analysis, session.console)
+        print_findings(plan.study, analysis, session.console)
     for planned in plan.trials:
         result = plan.results.get(planned.trial.key)
         # one hint is enough: the trials of a study share their data

@@ -108,6 +108,15 @@ class ChatTemplate:
         response = str(rendered[last]["content"])
         return TokenSequence(ids, mask, prompt, response, question, is_folded)
 
+    def prompt(self, messages: list[Message]) -> list[int]:
+        """Return the tokens of a conversation and of the header of the answer to it.
+
+        Raises:
+            UnusableRow: the template refuses the conversation.
+        """
+        rendered, _ = self._render_whole(messages, None)
+        return tokenize(self.tokenizer, self.render(rendered, None, generate=True))
+
     def _render_whole(self, messages: list[Message], tools: Any) -> tuple[list[Message], str]:
         """Render the conversation; join its system turn to the first user turn if necessary."""
         system = str(messages[0]["content"]) if messages[0]["role"] == "system" else ""

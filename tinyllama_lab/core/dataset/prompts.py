@@ -18,6 +18,12 @@ from tinyllama_lab.core.dataset.chat_template import (
 from tinyllama_lab.data.formats.cells import UnusableRow
 from tinyllama_lab.data.rows import RawRow, Turn
 
+_MARK = "\x00"  # stands for the question, in which it cannot occur
+_DEFAULT_SYSTEM = (
+    "{{% if messages[0]['role'] != 'system' %}}"
+    "{{% set messages = [{{'role': 'system', 'content': {}}}] + messages %}}{{% endif %}}"
+)
+
 
 class PromptFormat:
     """Turns rows into token sequences in the style `data.style`."""
@@ -50,6 +56,40 @@ class PromptFormat:
                 raise
         return replace(self._encode(trimmed), is_trimmed=True)
 
+    def prompt(self, messages: list[Message]) -> list[int]:
+        """Return the tokens from which the answer to a conversation is generated.
+
+        They are those that a row with these turns has before its answer. The styles without turns
+        take the last user turn alone.
+
+        Args:
+            messages: a system turn or none, and then turns of user and assistant in turn, the
+                last of the user. Without a system turn, that of `data.system` is added.
+
+        Raises:
+            UnusableRow: the chat template refuses the conversation.
+        """
+        if self._chat is not None:
+            if self._data.system and messages[0]["role"] != "system":
+                messages = [{"role": "system", "content": self._data.system}, *messages]
+            return self._chat.prompt(messages)
+        return self._text.begun(prompt_text(self._data.style, str(messages[-1]["content"])))
+
+    def template(self) -> str:
+        """Return a chat template that renders the prompts of `prompt`, whatever the style.
+
+        It holds what training added: the date, the system turn and the tokens that start a text.
+        """
+        if self._chat is not None:
+            system = json.dumps(self._data.system or "", ensure_ascii=False)
+            return _DEFAULT_SYSTEM.format(system) * bool(self._data.system) + self._chat.source(
+                None
+            )
+        before, _, after = prompt_text(self._data.style, _MARK).partition(_MARK)
+        before = self._text.start + before
+        parts = (json.dumps(part, ensure_ascii=False) for part in (before, after))
+        return "{{{{ {} }}}}{{{{ messages[-1]['content'] }}}}{{{{ {} }}}}".format(*parts)
+
     def _encode(self, row: RawRow) -> TokenSequence:
         if self._chat is not None:
             messages, supervised = conversation(row, self._data)
@@ -59,10 +99,20 @@ class PromptFormat:
             return self._text.whole(row.response, self._data.max_length)
         if self._data.style == "query_intent_response":
             answer = f"Intent: {row.intent}\nResponse: {row.response}"
-            return self._text.answered(f"Query: {row.prompt}\n", answer, row.prompt)
-        context = f"### Context:\n{row.context}\n\n" if row.context else ""
-        prompt = f"### Instruction:\n{row.prompt}\n\n{context}### Response:\n"
+            prompt = prompt_text(self._data.style, row.prompt)
+            return self._text.answered(prompt, answer, row.prompt)
+        prompt = prompt_text(self._data.style, row.prompt, row.context)
         return self._text.answered(prompt, row.response, _question(row))
+
+
+def prompt_text(style: str, question: str, context: str = "") -> str:
+    """Return the text before an answer, in a style without turns."""
+    if style == "text":
+        return question
+    if style == "query_intent_response":
+        return f"Query: {question}\n"
+    context = f"### Context:\n{context}\n\n" if context else ""
+    return f"### Instruction:\n{question}\n\n{context}### Response:\n"
 
 
 def conversation(row: RawRow, data: DataConfig) -> tuple[list[Message], list[bool]]:
@@ -107,11 +157,20 @@ class TextTokenizer:
         self._end = int(tokenizer.eos_token_id)
         self._start = _start_tokens(tokenizer)
 
+    @property
+    def start(self) -> str:
+        """Return the text of the tokens that start a sequence."""
+        return str(self._tokenizer.decode(self._start)) if self._start else ""
+
+    def begun(self, text: str) -> list[int]:
+        """Return the tokens of a text that a completion continues."""
+        return self._start + tokenize(self._tokenizer, text)
+
     def answered(self, prompt: str, response: str, question: str) -> TokenSequence:
         """Return a prompt and a response; the response and its end token are supervised."""
         response = response.removesuffix(str(self._tokenizer.eos_token))
-        before = self._start + tokenize(self._tokenizer, prompt)
-        ids = self._start + tokenize(self._tokenizer, prompt + response) + [self._end]
+        before = self.begun(prompt)
+        ids = [*self.begun(prompt + response), self._end]
         # generation starts from the tokens of the prompt alone, so training must begin with them
         if ids[: len(before)] != before:
             raise UnusableRow(JOINED, "the tokenizer joins prompt and response")

@@ -16,8 +16,9 @@ from gguf import GGUFReader, GGUFValueType, dequantize
 from safetensors.torch import save_file
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
-_OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_IN_LAYER = {
+# names in llama.cpp -> in transformers, outside of the layers and in a layer
+OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+IN_LAYER = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -97,8 +98,8 @@ def _name(name: str) -> str:
     """Return the name in transformers of a tensor such as `blk.3.attn_q.weight`."""
     parts = name.split(".")
     if parts[0] != "blk":
-        return f"{_OUTER[parts[0]]}.{parts[1]}"
-    return f"model.layers.{parts[1]}.{_IN_LAYER[parts[2]]}.{parts[3]}"
+        return f"{OUTER[parts[0]]}.{parts[1]}"
+    return f"model.layers.{parts[1]}.{IN_LAYER[parts[2]]}.{parts[3]}"
 
 
 def _weight(tensor: Any, config: LlamaConfig) -> torch.Tensor:

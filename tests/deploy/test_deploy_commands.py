@@ -1,0 +1,117 @@
+"""The commands of `python -m tinyllama_lab.deploy`, on an adapter of the tiny base."""
+
+from __future__ import annotations
+
+import io
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gguf import GGUFReader
+from transformers import AutoModelForCausalLM
+
+from tinyllama_lab.deploy.__main__ import main
+from tinyllama_lab.errors import ConfigError, StudyError
+from tinyllama_lab.study.study import StudyFolder
+from tinyllama_lab.study.trial import TrialFolder, trial_key
+
+GREEDY = ["tokens=6", "device=cpu"]
+
+
+@pytest.fixture(scope="module")
+def study(another_lab: Any) -> StudyFolder:
+    """Two ranks, trained on the tiny base."""
+    study = StudyFolder(another_lab.folder / "sweeps", "tiny")
+    for rank in (2, 4):
+        config = another_lab.configure({"lora.r": rank, "train.lr": 0.05})
+        trial = TrialFolder(study.trials_dir / f"r{rank}-{trial_key(config)}")
+        trial.write_config(config)
+        another_lab.run([trial])
+    return study
+
+
+def run(study: StudyFolder, *arguments: str) -> None:
+    main([*arguments[:1], f"sweeps_dir={study.root}", "study=tiny", *arguments[1:]])
+
+
+def test_one_answer_goes_to_standard_output_and_all_else_to_standard_error(
+    study: StudyFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(study, "chat", "trial=r=4", "--once", "Book a room", *GREEDY)
+    first = capsys.readouterr()
+    run(study, "chat", "trial=r=4", "--once", "Book a room", *GREEDY)
+    assert capsys.readouterr().out == first.out
+    assert "study tiny: r=4" in first.err
+    assert re.search(r"\(\d+ tokens, .*first after \d+ ms, [\d,]+ MiB\)", first.err)
+    assert "study" not in first.out
+
+
+def test_a_conversation_switches_between_adapters_and_the_base(
+    study: StudyFolder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = ["/adapter r=2", "/compare", "Book a room", "/base", "Book a room", "/nonsense"]
+    monkeypatch.setattr(
+        "sys.stdin", io.StringIO("\n".join([*lines, "/adapter r=9", "/quit", "x"]))
+    )
+    run(study, "chat", "trial=r=4", *GREEDY)
+    printed = capsys.readouterr()
+    assert "answers come from r=2" in printed.err
+    assert "[base]" in printed.out and "[r=2]" in printed.out
+    of_base = printed.out.split("[base]\n")[1].split("[r=2]")[0]
+    assert printed.out.endswith(of_base)  # the same alone, in a new conversation
+    assert "/adapter r=16" in printed.err  # the help, after an unknown command
+    assert "error: trial='r=9' must be" in printed.err
+    assert printed.err.count("tokens") >= 3
+
+
+def test_merge_and_gguf_write_what_transformers_and_llama_cpp_read(
+    study: StudyFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(study, "merge", "trial=r=4", f"to={tmp_path / 'merged'}")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").config.model_type == "llama"
+    with pytest.raises(StudyError, match="exists; set force=true"):
+        run(study, "merge", "trial=r=4", f"to={tmp_path / 'merged'}")
+    run(study, "merge", "trial=r=4", f"to={tmp_path / 'merged'}", "force=true")
+    run(study, "gguf", "trial=r=4", "types=q8_0")
+    written = [line.removeprefix("written: ") for line in capsys.readouterr().out.splitlines()]
+    assert GGUFReader(written[-2]).tensors
+    modelfile = Path(written[-1])
+    assert modelfile.read_text().startswith("FROM ./model-q8_0.gguf\n")
+    assert (modelfile.parent / "model-q8_0.gguf").is_file()
+    shutil.rmtree(modelfile.parent)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["chat", "tokens=0"], "tokens must be an integer from 1, got '0'"),
+        (["chat", "temperature=hot"], "temperature must be a number from 0, got 'hot'"),
+        (["chat", "temperature=nan"], "temperature must be a number from 0, got 'nan'"),
+        (["chat", "types=f16"], "this command takes .*got 'types=f16'"),
+        (["gguf", "types=q3"], "types must be of f16, q8_0, q4_0, got 'q3'"),
+        (["merge", "into=4bit"], "into must be dequantized or original, got '4bit'"),
+        (["merge", "force=yes"], "force must be true or false, got 'yes'"),
+        (["chat", "device=tpu", "--once", "x"], "hardware.device must be"),
+        (["talk"], "this command takes .*got 'talk'"),
+    ],
+)
+def test_a_wrong_argument_is_refused_in_one_sentence(
+    study: StudyFolder, arguments: list[str], problem: str
+) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        run(study, *arguments)
+
+
+def test_a_prompt_that_is_longer_than_the_context_is_refused(study: StudyFolder) -> None:
+    from tinyllama_lab.errors import DataError
+
+    with pytest.raises(DataError, match="must fit 2048 tokens"):
+        run(study, "chat", "trial=r=4", "--once", "a room " * 4000, *GREEDY)
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--help"])
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("chat", "merge", "gguf", "study="))

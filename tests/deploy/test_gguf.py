@@ -1,0 +1,131 @@
+"""GGUF files, read back by transformers, by `gguf` and, where it is installed, by llama.cpp."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gguf import GGUFReader, dequantize
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from tests.llamas import SHAPES, SIZES
+from tests.made_tokenizers import MADE
+from tinyllama_lab.core.models import tiny
+from tinyllama_lab.deploy.gguf_export import FILE_TYPES, write_gguf
+from tinyllama_lab.errors import ModelError
+
+TEXTS = (
+    "Book a flight to Zürich for 2 people in 2026.",
+    "  two spaces\n\nand\tlines",
+    "don't 12345",
+)
+
+
+def saved(folder: Path, tokenizer: Any, **changes: Any) -> Any:
+    """A small Llama with a tokenizer, as transformers saves them."""
+    sizes = {**SIZES, "hidden_size": 64, "intermediate_size": 96, "head_dim": 16, **changes}
+    rows = 8 * (len(tokenizer) // 8 + 2)  # some rows of the embedding have no token
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**{**sizes, "vocab_size": rows})).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    model.generation_config.eos_token_id = [int(tokenizer.eos_token_id)]
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+def tiny_tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(tiny.folder())
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        result: torch.Tensor = model(torch.arange(2, 40)[None]).logits[0].double()
+    return result
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_transformers_reads_the_file_as_the_same_model(tmp_path: Path, shape: str) -> None:
+    model = saved(tmp_path / "model", tiny_tokenizer(), **SHAPES[shape])
+    write_gguf(tmp_path / "model", tmp_path / "model.gguf", "f16")
+    read = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf").state_dict()
+    for name, expected in model.state_dict().items():
+        rounded = expected if expected.dim() == 1 else expected.half().float()
+        assert torch.equal(read[name].float(), rounded), name
+
+
+def test_the_scaled_frequencies_of_llama3_are_those_of_transformers(tmp_path: Path) -> None:
+    model = saved(tmp_path / "model", tiny_tokenizer(), **SHAPES["llama3"])
+    write_gguf(tmp_path / "model", tmp_path / "m.gguf", "f16")
+    tensors = {t.name: t for t in GGUFReader(tmp_path / "m.gguf").tensors}
+    factors = torch.from_numpy(tensors["rope_freqs.weight"].data.copy())
+    plain = 10000.0 ** -(torch.arange(0, 16, 2) / 16)
+    assert 1 < factors.max() <= 8
+    torch.testing.assert_close(plain / factors, model.model.rotary_emb.inv_freq)
+
+
+@pytest.mark.parametrize(("kind", "most"), [("f16", 1e-3), ("q8_0", 1e-2), ("q4_0", 0.15)])
+def test_weights_are_those_of_the_model_up_to_the_type(
+    tmp_path: Path, kind: str, most: float
+) -> None:
+    model = saved(tmp_path / "model", tiny_tokenizer())
+    write_gguf(tmp_path / "model", tmp_path / "m.gguf", kind)
+    tensors = {t.name: t for t in GGUFReader(tmp_path / "m.gguf").tensors}
+    state = model.state_dict()
+    names = {"token_embd": "model.embed_tokens", "blk.1.ffn_down": "model.layers.1.mlp.down_proj"}
+    for ours, theirs in names.items():
+        found = tensors[f"{ours}.weight"]
+        values = torch.from_numpy(dequantize(found.data, found.tensor_type).copy())
+        expected = state[f"{theirs}.weight"]
+        assert (values - expected).norm() < most * expected.norm()
+        stored = FILE_TYPES[kind]
+        wanted = stored.embedding if ours == "token_embd" else stored.layers
+        assert found.tensor_type is wanted
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_transformers_reads_the_tokenizer_as_the_same_or_it_is_refused(
+    tmp_path: Path, name: str
+) -> None:
+    tokenizer = MADE[name]()
+    saved(tmp_path / "model", tokenizer)
+    try:
+        write_gguf(tmp_path / "model", tmp_path / "m.gguf", "f16")
+    except ModelError as error:
+        assert "use merge instead" in str(error)
+        return
+    fields = GGUFReader(tmp_path / "m.gguf").fields
+    tokens = fields["tokenizer.ggml.tokens"].contents()
+    assert tokens[: len(tokenizer)] == tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == tokenizer.eos_token_id
+    assert fields["tokenizer.chat_template"].contents() == tokenizer.chat_template
+    assert fields["tokenizer.ggml.add_bos_token"].contents() is False
+
+
+def test_other_architectures_are_refused_by_name(tmp_path: Path) -> None:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    sizes = {k: v for k, v in SIZES.items() if k != "initializer_range"}
+    Qwen2ForCausalLM(Qwen2Config(**sizes)).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="plain Llama models, got architecture qwen2"):
+        write_gguf(tmp_path, tmp_path / "m.gguf", "f16")
+    assert not (tmp_path / "m.gguf").exists()
+
+
+def test_llama_cpp_reads_texts_and_computes_logits_as_transformers(tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp", reason="needs llama-cpp-python, which is compiled")
+    from tinyllama_lab.deploy.llama_cpp import GgufModel
+
+    tokenizer = MADE["Llama 3"]()  # llama.cpp refuses the tiny one, which has no merges
+    model = saved(tmp_path / "model", tokenizer)
+    write_gguf(tmp_path / "model", tmp_path / "m.gguf", "f16")
+    with GgufModel(tmp_path / "m.gguf", 64) as read:
+        for text in TEXTS:
+            assert read.tokenize(text) == tokenizer(text, add_special_tokens=False)["input_ids"]
+        found = torch.from_numpy(read.logits([*range(2, 40)], 0)).double()
+    expected = logits(model)
+    assert (found - expected).abs().max() < 1e-2 * expected.abs().max()

@@ -1,0 +1,1 @@
+"""Uses a finished adapter: chat, merge, export, and measurement of what was exported."""

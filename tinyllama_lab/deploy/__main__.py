@@ -1,0 +1,203 @@
+"""`python -m tinyllama_lab.deploy`: uses the adapter of a finished trial outside of its sweep."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+from tinyllama_lab.errors import ConfigError, quiet_interrupt, user_errors
+
+with quiet_interrupt():  # importing these takes a second, in which Ctrl-C may come
+    from rich.console import Console
+
+    from tinyllama_lab.config.command import SWEEPS_DIR, unquoted
+    from tinyllama_lab.deploy.selection import RECOMMENDED, Selection, select
+    from tinyllama_lab.output import accept_any_text, line_width
+    from tinyllama_lab.study.exports import Exports
+    from tinyllama_lab.study.files import exists, user_path
+
+_HELP = f"""\
+python -m tinyllama_lab.deploy chat [study=ranks] [trial=best]
+
+  (nothing)  merge, write GGUF files, measure all of them beside the adapter as trained
+  chat       talk to the adapter; --once "question" prints one answer
+  merge      write the base with the adapter in its weights, as transformers saves a model
+  gguf       write the merged model for llama.cpp and Ollama, with a Modelfile
+
+  study=<the newest>     a study with finished trials
+  trial={RECOMMENDED}      or best, a name, a key, or settings such as trial="r=16 n=1500"
+  sweeps_dir={SWEEPS_DIR}      where studies are kept
+  device=auto            cpu, cuda, or auto for the GPU where there is one
+
+chat:  --once "question", system="...", tokens=256 (the most of an answer), temperature=0, seed=0
+merge: to=<folder>, into=dequantized (for a quantized base; or original), force=false
+gguf:  types=f16,q8_0,q4_0, force=false"""
+
+
+_COMMON = {"study": "", "trial": RECOMMENDED, "sweeps_dir": SWEEPS_DIR, "device": "auto"}
+_CHAT = {"once": "", "system": "", "tokens": "256", "temperature": "0", "seed": "0"}
+_MERGE = {"to": "", "into": "dequantized", "force": "false"}
+_GGUF = {"types": "f16,q8_0,q4_0", "force": "false"}
+_DEPLOY = {**_GGUF, "into": "dequantized"}
+
+
+class Options:
+    """What was typed, over the defaults of a command."""
+
+    def __init__(self, arguments: Sequence[str], defaults: dict[str, str]) -> None:
+        """Read `name=value` words; `--once` takes the next word.
+
+        Raises:
+            ConfigError: a word is unknown.
+        """
+        self._values = {**_COMMON, **defaults}
+        words = list(arguments)
+        if "--once" in words[:-1] and "once" in self._values:
+            at = words.index("--once")
+            words[at : at + 2] = [f"once={words[at + 1]}"]
+        for word in words:
+            name, sign, value = word.partition("=")
+            if name not in self._values or not sign:
+                raise ConfigError([f"this command takes {self._names()}, got {word!r}"])
+            self._values[name] = value
+
+    def _names(self) -> str:
+        return ", ".join(f"{name}=" for name in self._values)
+
+    def text(self, name: str) -> str:
+        """Return a value as it was typed."""
+        return self._values[name]
+
+    def flag(self, name: str) -> bool:
+        """Return a value that is `true` or `false`."""
+        return self.choice(name, ("true", "false")) == "true"
+
+    def choice(self, name: str, choices: Sequence[str]) -> str:
+        """Return a value that must be one of `choices`."""
+        if self._values[name] not in choices:
+            raise ConfigError(
+                [f"{name} must be {' or '.join(choices)}, got {self._values[name]!r}"]
+            )
+        return self._values[name]
+
+    def number(self, name: str, least: float, kind: type[float] | type[int]) -> float:
+        """Return a number that must not be below `least`."""
+        try:
+            value = kind(self._values[name])
+        except ValueError:
+            value = kind(least) - 1
+        if not value >= least:  # not a number is not either
+            word = "an integer" if kind is int else "a number"
+            raise ConfigError(
+                [f"{name} must be {word} from {least:g}, got {self._values[name]!r}"]
+            )
+        return value
+
+    def selection(self) -> Selection:
+        """Return the trial that was asked for, and say which one it is."""
+        folder = self._values["sweeps_dir"]
+        # maybe in quotes, as the command that a sweep prints has it
+        root = user_path(folder if exists(folder) else unquoted(folder))
+        selection = select(root, self._values["study"] or None, self._values["trial"])
+        say(f"study {selection.study.name}: {selection.label} ({selection.why})")
+        return selection
+
+
+def say(text: str) -> None:
+    """Print a line about what happens, to standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _chat(arguments: Sequence[str]) -> None:
+    options = Options(arguments, _CHAT)
+    tokens = int(options.number("tokens", 1, int))
+    temperature, seed = options.number("temperature", 0, float), options.number("seed", 0, int)
+    selection = options.selection()
+    from tinyllama_lab.deploy.assistant import Assistant  # late: imports torch
+    from tinyllama_lab.deploy.chat import Chat, Style
+
+    assistant = Assistant(selection, options.text("device"))
+    chat = Chat(selection, assistant, Style(tokens, temperature, int(seed)))
+    chat.set_system(options.text("system"))
+    if options.text("once"):
+        chat.answer(options.text("once"))
+    else:
+        chat.loop()
+
+
+def _merge(arguments: Sequence[str]) -> None:
+    options = Options(arguments, _MERGE)
+    into, force = options.choice("into", ("dequantized", "original")), options.flag("force")
+    trial = options.selection().trial.row.trial
+    from tinyllama_lab.deploy.export import export_merged
+
+    typed = options.text("to")
+    target = user_path(typed) if typed else Exports(trial.deploy_dir).merged_dir
+    export_merged(trial, target, into, force)
+    print(f"written: {target}")
+
+
+def _kinds(options: Options) -> list[str]:
+    """Return the types of GGUF files that were asked for."""
+    from tinyllama_lab.deploy.gguf_export import FILE_TYPES
+
+    kinds = [kind for kind in options.text("types").split(",") if kind]
+    if unknown := [kind for kind in kinds if kind not in FILE_TYPES]:
+        raise ConfigError([f"types must be of {', '.join(FILE_TYPES)}, got {unknown[0]!r}"])
+    return kinds
+
+
+def _gguf(arguments: Sequence[str]) -> None:
+    options = Options(arguments, _GGUF)
+    kinds, force = _kinds(options), options.flag("force")
+    trial = options.selection().trial.row.trial
+    from tinyllama_lab.deploy.export import export_gguf, export_merged, write_modelfile
+
+    exports = Exports(trial.deploy_dir)
+    if not exports.merged_dir.exists():
+        say("merging")
+        export_merged(trial, exports.merged_dir, "dequantized", force)
+    for kind in kinds:
+        export_gguf(exports.merged_dir, exports.gguf_file(kind), kind, force)
+        print(f"written: {exports.gguf_file(kind)}")
+    print(f"written: {write_modelfile(exports, kinds[-1])}")
+
+
+def _deploy(arguments: Sequence[str]) -> None:
+    options = Options(arguments, _DEPLOY)
+    kinds, force = _kinds(options), options.flag("force")
+    into = options.choice("into", ("dequantized", "original"))
+    trial = options.selection().trial.row.trial
+    from tinyllama_lab.deploy.export import deploy
+    from tinyllama_lab.deploy.measure import print_rows
+
+    rows = deploy(trial, kinds, into, options.text("device"), force, say)
+    print_rows(rows, Console(width=line_width()))
+    print(f"written: {trial.deploy_dir}")
+
+
+_COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "chat": _chat,
+    "merge": _merge,
+    "gguf": _gguf,
+}
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run one of the commands.
+
+    Raises:
+        LabError: the command is wrong, or cannot be carried out.
+    """
+    if any(word in ("-h", "--help") for word in arguments):
+        print(_HELP)
+    elif arguments and arguments[0] in _COMMANDS:
+        _COMMANDS[arguments[0]](arguments[1:])
+    else:
+        _deploy(arguments)
+
+
+if __name__ == "__main__":
+    accept_any_text()
+    with user_errors():
+        main(sys.argv[1:])

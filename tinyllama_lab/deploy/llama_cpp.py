@@ -1,0 +1,155 @@
+"""Runs a GGUF file in llama.cpp, on the CPU, through the C functions of its Python binding.
+
+Nothing here imports torch, so that a process that measures a file has llama.cpp's memory alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tinyllama_lab.errors import ModelError
+
+
+def binding() -> Any:
+    """Return the binding's module.
+
+    Raises:
+        ModelError: the package is not installed.
+    """
+    try:
+        import llama_cpp
+    except ImportError:
+        raise ModelError(
+            "GGUF files are measured with llama.cpp, which is not installed; type: "
+            "pip install llama-cpp-python (it is compiled, in some minutes)"
+        ) from None
+    return llama_cpp
+
+
+class GgufModel:
+    """A GGUF file in llama.cpp, with one sequence of tokens at a time."""
+
+    def __init__(self, file: Path, context_tokens: int, threads: int | None = None) -> None:
+        """Load a file.
+
+        Args:
+            file: the GGUF file.
+            context_tokens: the longest sequence.
+            threads: None takes as many as there are cores.
+
+        Raises:
+            ModelError: llama.cpp is missing, or cannot read the file.
+        """
+        self._lib = lib = binding()
+        self._silence = lib.llama_log_callback(_ignore)
+        lib.llama_log_set(self._silence, ctypes.c_void_p(0))
+        lib.llama_backend_init()
+        settings = lib.llama_model_default_params()
+        settings.n_gpu_layers = 0
+        # weights repacked for AMX crash llama.cpp 0.3.36 of the binding on SmolLM2's shapes
+        settings.use_extra_bufts = False
+        self._model = lib.llama_model_load_from_file(os.fsencode(file), settings)
+        if not self._model:
+            raise ModelError(f"llama.cpp cannot read {file}; write it again with force=true")
+        context = lib.llama_context_default_params()
+        context.n_ctx = context.n_batch = context.n_ubatch = context_tokens
+        context.n_threads = context.n_threads_batch = threads or os.cpu_count()
+        self._context = lib.llama_init_from_model(self._model, context)
+        self._vocab = lib.llama_model_get_vocab(self._model)
+        self.vocabulary = int(lib.llama_vocab_n_tokens(self._vocab))
+
+    def __enter__(self) -> GgufModel:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._lib.llama_free(self._context)
+        self._lib.llama_model_free(self._model)
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return the ids of a text that may contain special tokens; nothing is added."""
+        data = text.encode()
+        room = len(data) + 8
+        ids = (self._lib.llama_token * room)()
+        count = self._lib.llama_tokenize(self._vocab, data, len(data), ids, room, False, True)
+        return list(ids[:count])
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Return the text of tokens, without special ones."""
+        tokens = (self._lib.llama_token * len(ids))(*ids)
+        data = ctypes.create_string_buffer(64 * (len(ids) + 1))
+        count = self._lib.llama_detokenize(
+            self._vocab, tokens, len(ids), data, len(data), True, False
+        )
+        return data.raw[: max(count, 0)].decode(errors="replace")
+
+    def logits(self, ids: Sequence[int], first: int) -> NDArray[np.float32]:
+        """Return the logits at the positions from `first` on, `[tokens, vocabulary]`."""
+        self._clear()
+        self._decode(ids, 0, range(first, len(ids)))
+        return np.stack([self._logits_at(n) for n in range(first, len(ids))])
+
+    def generate(
+        self,
+        prompt_ids: Sequence[int],
+        tokens: int,
+        stop: bool = True,
+        on_token: Callable[[], None] | None = None,
+    ) -> list[int]:
+        """Return up to `tokens` greedy tokens after a prompt, without the one that ends it."""
+        self._clear()
+        row = len(prompt_ids) - 1
+        self._decode(prompt_ids, 0, [row])
+        generated: list[int] = []
+        while True:
+            token = int(self._logits_at(row).argmax())
+            if on_token:
+                on_token()
+            if stop and self._lib.llama_vocab_is_eog(self._vocab, token):
+                return generated
+            generated.append(token)
+            if len(generated) == tokens:
+                return generated
+            self._decode([token], len(prompt_ids) + len(generated) - 1, [0])
+            row = 0
+
+    def _clear(self) -> None:
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
+
+    def _decode(self, ids: Sequence[int], position: int, wanted: Collection[int]) -> None:
+        """Read tokens, and keep the logits of the wanted ones."""
+        batch = self._lib.llama_batch_init(len(ids), 0, 1)
+        try:
+            batch.n_tokens = len(ids)
+            for number, token in enumerate(ids):
+                batch.token[number] = token
+                batch.pos[number] = position + number
+                batch.n_seq_id[number] = 1
+                batch.seq_id[number][0] = 0
+                batch.logits[number] = number in wanted
+            status = self._lib.llama_decode(self._context, batch)
+        finally:
+            self._lib.llama_batch_free(batch)
+        if status:
+            raise ModelError(f"llama.cpp could not read {len(ids)} tokens (status {status})")
+
+    def _logits_at(self, number: int) -> NDArray[np.float32]:
+        """Return the logits of a token of the last batch, `[vocabulary]`."""
+        pointer = self._lib.llama_get_logits_ith(self._context, number)
+        return np.ctypeslib.as_array(pointer, (self.vocabulary,)).copy()
+
+
+def _ignore(level: int, text: bytes, data: Any) -> None:
+    """Drop a message of llama.cpp's log; what fails raises an error."""

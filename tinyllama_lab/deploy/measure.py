@@ -1,0 +1,230 @@
+"""Measures what was exported against the adapter as it was trained, on the same held-out rows."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from tinyllama_lab.config.schema import Science, part
+from tinyllama_lab.core.dataset.dataset import DataCache
+from tinyllama_lab.core.dataset.example import Example, clusters
+from tinyllama_lab.core.evaluation.metrics.scores import text_scores
+from tinyllama_lab.core.models.loading import model_folder, read_tokenizer
+from tinyllama_lab.deploy.forms import Measured, Task
+from tinyllama_lab.errors import DataChangedError, ModelError
+from tinyllama_lab.metrics import MIB
+from tinyllama_lab.report.analysis.statistics import compare
+from tinyllama_lab.study.trial import TrialFolder
+
+TRAINED = "adapter"  # the form that the others are compared with
+_PROMPTS, _TOKENS = 16, 48  # answered by every form; tokens of an answer
+_INTENT = "eval/intent_accuracy"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A form of the model beside the adapter as trained.
+
+    `low` and `high` are the 95 % interval of `difference` over held-out rows.
+    """
+
+    form: str
+    dtype: str
+    loss: float  # nats per supervised token
+    difference: float | None  # of the losses, this form minus the adapter as trained
+    low: float | None
+    high: float | None
+    scores: dict[str, float]  # of its answers, by metric name
+    same_tokens: float | None  # share of the adapter's tokens that it would choose too
+    decode_tokens_per_s: float
+    first_token_ms: float
+    resident_mib: float
+    file_mib: float
+
+
+@dataclass(frozen=True)
+class Heldout:
+    """The held-out rows of a trial, as the processes get them."""
+
+    examples: list[Example]
+    records: list[dict[str, Any]]
+
+
+def heldout(trial: TrialFolder) -> Heldout:
+    """Return the rows on which a trial was scored.
+
+    Raises:
+        DataChangedError: they are no longer the same tokens.
+    """
+    science: Science = part(Science, trial.read_config())
+    tokenizer, positions = read_tokenizer(science.model)
+    # the held-out rows do not depend on how many rows are trained on
+    data = replace(science.data, n=1, balance_by=None, subset="nested")
+    prepared = DataCache(tokenizer, positions).prepare(data, scored=science.eval.rows)
+    result, _ = trial.read_result()
+    recorded = result.data.get("eval_fingerprint") if result else None
+    if recorded not in (None, prepared.facts["eval_fingerprint"]):
+        raise DataChangedError(
+            "an export must be measured on the rows that its trial was scored on, and they have "
+            "changed since; run the study's command again"
+        )
+    records = [
+        {
+            "ids": example.ids,
+            "loss_mask": example.loss_mask,
+            "prompt_ids": example.prompt_ids,
+            "prompt_text": str(tokenizer.decode(list(example.prompt_ids))),
+        }
+        for example in prepared.heldout
+    ]
+    return Heldout(prepared.heldout, records)
+
+
+def measure_forms(
+    trial: TrialFolder,
+    exports: dict[str, Path],
+    device: str,
+    say: Callable[[str], None],
+) -> list[Row]:
+    """Measure base, adapter and exports, one after the other, each in a process of its own.
+
+    Args:
+        trial: the trial that was exported.
+        exports: folder of the merged model and GGUF files, by form.
+        device: of all forms but the GGUF files, which run on the CPU.
+        say: called with the form that is measured next.
+
+    Raises:
+        ModelError: a form cannot be measured.
+    """
+    rows = heldout(trial)
+    plain = Task(TRAINED, str(trial.folder), None, device, _TOKENS, _PROMPTS, rows.records, None)
+    say(TRAINED)
+    trained = _run(plain)
+    forms: dict[str, Path | None] = {"base": None, **exports}
+    measured: dict[str, Measured] = {}
+    for form, path in forms.items():
+        say(form)
+        text = None if path is None else str(path)
+        measured[form] = _run(replace(plain, form=form, path=text, answers=trained.answers))
+        if not measured[form].same_prompts:
+            raise ModelError(
+                f"{path} must read prompts as the tokens of training, and reads some otherwise; "
+                "its answers would be garbage: report this with the name of the base"
+            )
+    folder = model_folder(part(Science, trial.read_config()).model)
+    sizes = {
+        "base": _size_mib(folder),
+        TRAINED: _size_mib(folder) + _size_mib(trial.adapter_dir),
+        **{form: _size_mib(path) for form, path in exports.items()},
+    }
+    ordered = {"base": measured["base"], TRAINED: trained, **measured}
+    return [_row(form, each, trained, rows, sizes[form]) for form, each in ordered.items()]
+
+
+def _run(task: Task) -> Measured:
+    """Measure a form in a process of its own.
+
+    Raises:
+        ModelError: the process failed; its last line says why.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        request, result = Path(name, "task.json"), Path(name, "measured.json")
+        request.write_text(json.dumps(asdict(task)), encoding="utf-8")
+        command = [sys.executable, "-m", "tinyllama_lab.deploy.probe", str(request), str(result)]
+        ended = subprocess.run(command, capture_output=True, text=True)
+        if ended.returncode:
+            last = (ended.stderr.strip().splitlines() or [f"exit status {ended.returncode}"])[-1]
+            raise ModelError(f"{task.form} cannot be measured: {last.removeprefix('error: ')}")
+        return Measured(**json.loads(result.read_text(encoding="utf-8")))
+
+
+def _row(form: str, measured: Measured, trained: Measured, rows: Heldout, file_mib: float) -> Row:
+    examples = rows.examples
+    tokens = np.array([example.labels for example in examples], dtype=np.float64)
+    losses = np.array(measured.losses)
+    difference = low = high = None
+    if measured is not trained and len(set(clusters(examples))) > 1:
+        ids = np.array(clusters(examples), dtype=np.int64)
+        estimate = compare((losses - np.array(trained.losses))[None], tokens, clusters=ids)
+        difference, (low, high) = estimate.difference, estimate.interval()
+    answered = examples[: len(measured.texts)]
+    references, intents = [e.reference for e in answered], [e.intent for e in answered]
+    return Row(
+        form,
+        measured.dtype,
+        float(losses.sum() / tokens.sum()),
+        difference,
+        low,
+        high,
+        text_scores(measured.texts, references, intents),
+        measured.same_tokens,
+        measured.decode_tokens_per_s,
+        measured.first_token_ms,
+        measured.resident_mib,
+        file_mib,
+    )
+
+
+def _size_mib(path: Path) -> float:
+    """Return the size of a file, or of the weights in a folder."""
+    files = [path] if path.is_file() else list(path.glob("*.safetensors"))
+    return sum(file.stat().st_size for file in files) / MIB
+
+
+def print_rows(rows: Sequence[Row], console: Console) -> None:
+    """Print the table of all forms, and a sentence about each export."""
+    table = Table(box=SIMPLE_HEAD, show_edge=False)
+    heads = ("form", "dtype", "loss", "perplexity", "intent", "same", "tok/s", "first ms")
+    for head in (*heads, "memory MiB", "file MiB"):
+        is_word = head in ("form", "dtype")
+        table.add_column(head, justify="left" if is_word else "right", no_wrap=True)
+    for row in rows:
+        intent = row.scores.get(_INTENT)
+        table.add_row(
+            row.form,
+            row.dtype,
+            f"{row.loss:.4f}",
+            _change(row),
+            "-" if intent is None else f"{intent:.0%}",
+            "-" if row.same_tokens is None else f"{row.same_tokens:.1%}",
+            f"{row.decode_tokens_per_s:.1f}",
+            f"{row.first_token_ms:.0f}",
+            f"{row.resident_mib:,.0f}",
+            f"{row.file_mib:,.0f}",
+        )
+    console.print(table)
+    trained = next(row for row in rows if row.form == TRAINED)
+    for row in rows:
+        if row.form not in ("base", TRAINED):
+            console.print(sentence(row, trained), highlight=False, markup=False)
+
+
+def _change(row: Row) -> str:
+    """Return the change of perplexity against the adapter as trained, with its interval."""
+    if row.difference is None or row.low is None or row.high is None:
+        return "-"
+    change, low, high = (100 * math.expm1(x) for x in (row.difference, row.low, row.high))
+    return f"{change:+.1f} % [{low:.1f}, {high:.1f}]"
+
+
+def sentence(row: Row, trained: Row) -> str:
+    """Return what an export costs and saves, against the adapter as trained."""
+    change, _, interval = _change(row).partition(" [")
+    quality = f"{change} perplexity [{interval}" if interval else "perplexity not compared"
+    less = 1 - row.resident_mib / trained.resident_mib
+    memory = f"{abs(less):.0%} {'less' if less >= 0 else 'more'} memory".replace("%", " %")
+    speed = row.decode_tokens_per_s / trained.decode_tokens_per_s
+    return f"{row.form}: {quality}, {memory}, {speed:.1f} times as fast"
