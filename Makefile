@@ -38,6 +38,8 @@ chat: $(READY)  ## Talk to the recommended adapter: make chat ARGS='--once "Book
 	$(RUN) -m tinyllama_lab.deploy chat $(ARGS)
 
 deploy: $(READY)  ## Merge it, write it for llama.cpp, and measure every export again
+	@$(RUN) -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("llama_cpp"))' \
+	  || { echo "compiling llama.cpp, once; some minutes"; $(PIP) -e '.[edge]'; }
 	$(RUN) -m tinyllama_lab.deploy $(ARGS)
 
 ui: $(READY)  ## Open the MLflow UI on the runs, on http://127.0.0.1:5000

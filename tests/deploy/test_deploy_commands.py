@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import shutil
 from pathlib import Path
@@ -13,7 +14,7 @@ from gguf import GGUFReader
 from transformers import AutoModelForCausalLM
 
 from tinyllama_lab.deploy.__main__ import main
-from tinyllama_lab.errors import ConfigError, StudyError
+from tinyllama_lab.errors import ConfigError, ModelError, StudyError
 from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.study.trial import TrialFolder, trial_key
 
@@ -91,6 +92,7 @@ def test_merge_and_gguf_write_what_transformers_and_llama_cpp_read(
         (["chat", "temperature=nan"], "temperature must be a number from 0, got 'nan'"),
         (["chat", "types=f16"], "this command takes .*got 'types=f16'"),
         (["gguf", "types=q3"], "types must be of f16, q8_0, q4_0, got 'q3'"),
+        (["gguf", "types="], "types must name a type of GGUF file"),
         (["merge", "into=4bit"], "into must be dequantized or original, got '4bit'"),
         (["merge", "force=yes"], "force must be true or false, got 'yes'"),
         (["chat", "device=tpu", "--once", "x"], "hardware.device must be"),
@@ -102,6 +104,33 @@ def test_a_wrong_argument_is_refused_in_one_sentence(
 ) -> None:
     with pytest.raises(ConfigError, match=problem):
         run(study, *arguments)
+
+
+def test_without_llama_cpp_nothing_is_begun_that_needs_it(
+    study: StudyFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tinyllama_lab.deploy.llama_cpp.find_spec", lambda name: None)
+    with pytest.raises(ModelError, match="pip install llama-cpp-python"):
+        main([f"sweeps_dir={study.root}", "study=tiny", "trial=r=4"])
+    assert not any(study.trials_dir.glob("*/deploy"))
+
+
+def test_forms_are_measured_beside_the_adapter_as_trained(
+    study: StudyFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([f"sweeps_dir={study.root}", "study=tiny", "trial=r=4", "types=", "device=cpu"])
+    (file,) = study.trials_dir.glob("*/deploy/measured.json")
+    rows = {row["form"]: row for row in json.loads(file.read_text())}
+    assert list(rows) == ["base", "adapter", "merged"]
+    trial = TrialFolder(file.parents[1])
+    result, _ = trial.read_result()
+    assert result is not None
+    recorded = result.metrics["eval/loss"]
+    assert rows["adapter"]["loss"] == pytest.approx(recorded, abs=1e-5)
+    assert abs(rows["merged"]["difference"]) < 1e-4 < abs(rows["base"]["difference"])
+    assert rows["merged"]["same_tokens"] == 1.0
+    assert re.search(r"merged: [+-]0\.0 % perplexity", capsys.readouterr().out)
+    shutil.rmtree(file.parent)
 
 
 def test_a_prompt_that_is_longer_than_the_context_is_refused(study: StudyFolder) -> None:

@@ -150,6 +150,8 @@ def _kinds(options: Options) -> list[str]:
 def _gguf(arguments: Sequence[str]) -> None:
     options = Options(arguments, _GGUF)
     kinds, force = _kinds(options), options.flag("force")
+    if not kinds:
+        raise ConfigError(["types must name a type of GGUF file, got ''"])
     trial = options.selection().trial.row.trial
     from tinyllama_lab.deploy.export import export_gguf, export_merged, write_modelfile
 

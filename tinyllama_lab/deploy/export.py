@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from tinyllama_lab.deploy.gguf_export import write_gguf
+from tinyllama_lab.deploy.llama_cpp import check_installed
 from tinyllama_lab.deploy.measure import Row, measure_forms
 from tinyllama_lab.deploy.merge import merge
 from tinyllama_lab.errors import StudyError
@@ -59,7 +60,12 @@ def deploy(
     """Merge, write the GGUF files, measure all of them, and keep the numbers with the trial.
 
     Exports that are there already are measured again, and written again if `force` is true.
+
+    Raises:
+        ModelError: llama.cpp is not installed, or a form cannot be measured.
     """
+    if kinds:  # before minutes of work
+        check_installed()
     exports = Exports(trial.deploy_dir)
     merged = exports.merged_dir
     if force or not merged.exists():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable, Collection, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,14 +25,24 @@ def binding() -> Any:
     Raises:
         ModelError: the package is not installed.
     """
-    try:
-        import llama_cpp
-    except ImportError:
+    check_installed()
+    import llama_cpp
+
+    return llama_cpp
+
+
+def check_installed() -> None:
+    """Check that the binding is installed, without importing it.
+
+    Raises:
+        ModelError: it is not.
+    """
+    if find_spec("llama_cpp") is None:
         raise ModelError(
             "GGUF files are measured with llama.cpp, which is not installed; type: "
-            "pip install llama-cpp-python (it is compiled, in some minutes)"
-        ) from None
-    return llama_cpp
+            "pip install llama-cpp-python (it is compiled, in some minutes), or set types= to "
+            "measure no such file"
+        )
 
 
 class GgufModel:
