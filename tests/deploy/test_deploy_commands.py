@@ -95,7 +95,10 @@ def test_merge_and_gguf_write_what_transformers_and_llama_cpp_read(
         (["gguf", "types="], "types must name a type of GGUF file"),
         (["merge", "into=4bit"], "into must be dequantized or original, got '4bit'"),
         (["merge", "force=yes"], "force must be true or false, got 'yes'"),
-        (["chat", "device=tpu", "--once", "x"], "hardware.device must be"),
+        (["chat", "temperature=inf"], "temperature must be a number from 0, got 'inf'"),
+        (["chat", "device=tpu", "--once", "x"], "device must be one of auto, cpu, cuda"),
+        (["merge", "device=cpu"], "this command takes .*got 'device=cpu'"),
+        (["merge", "into=original"], "set to=<folder>"),
         (["talk"], "this command takes .*got 'talk'"),
     ],
 )

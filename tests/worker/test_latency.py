@@ -14,8 +14,9 @@ from tinyllama_lab.config.schema import Science, part
 from tinyllama_lab.core.engines.base import Engine
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
 from tinyllama_lab.core.engines.peft import PeftEngine
-from tinyllama_lab.core.evaluation import latency
-from tinyllama_lab.core.evaluation.latency import Speed, measure, prompts, speed_metrics
+from tinyllama_lab.core.evaluation import timing
+from tinyllama_lab.core.evaluation.latency import measure, prompts, speed_metrics
+from tinyllama_lab.core.evaluation.timing import Speed
 from tinyllama_lab.core.models.loading import load_base
 from tinyllama_lab.study.trial import State
 
@@ -65,7 +66,7 @@ def test_first_and_later_tokens_are_timed_separately(
 ) -> None:
     base = base_of(llama())
     slow = Slow(engine, 0.06, 0.02)
-    monkeypatch.setattr(latency, "time", SimpleNamespace(perf_counter=lambda: slow.now))
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: slow.now))
     speed = measure(slow, None, PROMPTS[:rows], 4, base.device)
     assert slow.runs == [(rows, 2)] + [(rows, 5)] * 3  # the first is to warm up
     assert speed.first_ms == pytest.approx([60.0] * 3)

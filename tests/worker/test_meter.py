@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tinyllama_lab.core import meter
+from tinyllama_lab.core import resident
 from tinyllama_lab.core.meter import PeakMemory, environment
 from tinyllama_lab.metrics import MIB
 
@@ -34,7 +34,7 @@ def test_a_peak_is_measured_and_reset() -> None:
 def test_a_peak_that_cannot_be_reset_is_noted_in_the_result(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(meter, "_CAN_RESET", False)
+    monkeypatch.setattr(resident, "CAN_RESET", False)
     memory = PeakMemory(CPU)
     assert memory.basis == "resident set, whole process lifetime"
     assert 50 < memory.read("infer")["memory/infer_peak_mib"] < 100_000

@@ -206,7 +206,7 @@ def test_a_signal_stops_the_process_with_its_work_saved(make_pack: MakePack) -> 
 @pytest.mark.parametrize(
     ("typed", "expected"),
     [
-        ({}, {"GOMP_SPINCOUNT": "1000"}),
+        ({}, {"GOMP_SPINCOUNT": "3000"}),
         ({"GOMP_SPINCOUNT": "9"}, {"GOMP_SPINCOUNT": "9"}),
         ({"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "active"}),
     ],

@@ -7,12 +7,9 @@ says which of the two it is.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import platform
-import resource
 import subprocess
-import sys
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,6 +18,7 @@ from typing import Any
 import psutil
 import torch
 
+from tinyllama_lab.core import resident
 from tinyllama_lab.metrics import MIB
 from tinyllama_lab.study.machine import cpu_name
 
@@ -42,22 +40,20 @@ class PeakMemory:
         """Return what is measured: allocated CUDA memory, or the resident set of the process."""
         if self._device.type == "cuda":
             return "cuda allocated"
-        return "resident set" if _CAN_RESET else "resident set, whole process lifetime"
+        return "resident set" if resident.CAN_RESET else "resident set, whole process lifetime"
 
     def reset(self) -> None:
         """Forget earlier peaks, so that a trial does not inherit the peak of another one."""
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self._device)
-        elif _CAN_RESET:
-            _give_freed_memory_back()
-            # 5 sets the high-water mark VmHWM back to the present resident set, see proc(5)
-            Path("/proc/self/clear_refs").write_text("5")
+        else:
+            resident.reset_peak()
 
     def trim(self) -> None:
         """Return freed memory to the system, so that later allocations do not add to it."""
         if self._device.type == "cpu":
-            _give_freed_memory_back()
+            resident.give_back()
 
     def now_mib(self) -> float:
         """Return the MiB in use now."""
@@ -72,35 +68,7 @@ class PeakMemory:
                 f"memory/{name}_peak_mib": torch.cuda.max_memory_allocated(self._device) / MIB,
                 f"memory/{name}_reserved_mib": torch.cuda.max_memory_reserved(self._device) / MIB,
             }
-        return {f"memory/{name}_peak_mib": _peak_resident_mib()}
-
-
-def _peak_resident_mib() -> float:
-    if _CAN_RESET:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / MIB if sys.platform == "darwin" else peak / 1024
-
-
-def _give_freed_memory_back() -> None:
-    """Make the C library return memory that earlier trials have freed."""
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except (OSError, AttributeError):
-        return  # another C library: the peak then counts its free lists too
-
-
-def _peak_can_be_reset() -> bool:
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-        return "VmHWM:" in Path("/proc/self/status").read_text()
-    except OSError:
-        return False
-
-
-_CAN_RESET = _peak_can_be_reset()
+        return {f"memory/{name}_peak_mib": resident.peak_mib()}
 
 
 def environment(device: torch.device, dtype: torch.dtype, basis: str) -> dict[str, Any]:

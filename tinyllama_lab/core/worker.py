@@ -162,10 +162,11 @@ def share_cores() -> None:
     """Let threads that wait for each other give up their cores; called before torch is imported.
 
     Threads that spin keep each other off the cores: with one other program on two cores, a step
-    took 20 times as long instead of less than twice.
+    took 20 times as long instead of less than twice. With fewer spins than these, training is
+    slower where nothing else runs; `benchmarks/README.md` has the numbers.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+        os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 
 def _wait_for_pack() -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 
@@ -11,6 +12,7 @@ with quiet_interrupt():  # importing these takes a second, in which Ctrl-C may c
     from rich.console import Console
 
     from tinyllama_lab.config.command import SWEEPS_DIR, unquoted
+    from tinyllama_lab.config.schema import value_problem
     from tinyllama_lab.deploy.selection import RECOMMENDED, Selection, select
     from tinyllama_lab.output import accept_any_text, line_width
     from tinyllama_lab.study.exports import Exports
@@ -27,18 +29,20 @@ python -m tinyllama_lab.deploy chat [study=ranks] [trial=best]
   study=<the newest>     a study with finished trials
   trial={RECOMMENDED}      or best, a name, a key, or settings such as trial="r=16 n=1500"
   sweeps_dir={SWEEPS_DIR}      where studies are kept
-  device=auto            cpu, cuda, or auto for the GPU where there is one
 
-chat:  --once "question", system="...", tokens=256 (the most of an answer), temperature=0, seed=0
-merge: to=<folder>, into=dequantized (for a quantized base; or original), force=false
-gguf:  types=f16,q8_0,q4_0, force=false"""
+chat:      --once "question", system="...", tokens=256 (the most of an answer), temperature=0,
+           seed=0, device=auto (or cpu, cuda)
+merge:     to=<folder>, into=dequantized (for a quantized base; or original), force=false
+gguf:      types=f16,q8_0,q4_0, force=false
+(nothing)  the same, and device=auto"""
 
 
-_COMMON = {"study": "", "trial": RECOMMENDED, "sweeps_dir": SWEEPS_DIR, "device": "auto"}
-_CHAT = {"once": "", "system": "", "tokens": "256", "temperature": "0", "seed": "0"}
+_COMMON = {"study": "", "trial": RECOMMENDED, "sweeps_dir": SWEEPS_DIR}
+_DEVICE = {"device": "auto"}
+_CHAT = {"once": "", "system": "", "tokens": "256", "temperature": "0", "seed": "0", **_DEVICE}
 _MERGE = {"to": "", "into": "dequantized", "force": "false"}
 _GGUF = {"types": "f16,q8_0,q4_0", "force": "false"}
-_DEPLOY = {**_GGUF, "into": "dequantized"}
+_DEPLOY = {**_GGUF, **_DEVICE}
 
 
 class Options:
@@ -86,12 +90,18 @@ class Options:
             value = kind(self._values[name])
         except ValueError:
             value = kind(least) - 1
-        if not value >= least:  # not a number is not either
+        if not least <= value < math.inf:  # false for NaN
             word = "an integer" if kind is int else "a number"
             raise ConfigError(
                 [f"{name} must be {word} from {least:g}, got {self._values[name]!r}"]
             )
         return value
+
+    def device(self) -> str:
+        """Return the value of `device`."""
+        if problem := value_problem("hardware.device", self._values["device"]):
+            raise ConfigError([problem.replace("hardware.device", "device")])
+        return self._values["device"]
 
     def selection(self) -> Selection:
         """Return the trial that was asked for, and say which one it is."""
@@ -112,11 +122,12 @@ def _chat(arguments: Sequence[str]) -> None:
     options = Options(arguments, _CHAT)
     tokens = int(options.number("tokens", 1, int))
     temperature, seed = options.number("temperature", 0, float), options.number("seed", 0, int)
+    device = options.device()
     selection = options.selection()
     from tinyllama_lab.deploy.assistant import Assistant  # late: imports torch
     from tinyllama_lab.deploy.chat import Chat, Style
 
-    assistant = Assistant(selection, options.text("device"))
+    assistant = Assistant(selection, device)
     chat = Chat(selection, assistant, Style(tokens, temperature, int(seed)))
     chat.set_system(options.text("system"))
     if options.text("once"):
@@ -128,10 +139,12 @@ def _chat(arguments: Sequence[str]) -> None:
 def _merge(arguments: Sequence[str]) -> None:
     options = Options(arguments, _MERGE)
     into, force = options.choice("into", ("dequantized", "original")), options.flag("force")
+    typed = options.text("to")
+    if into == "original" and not typed:
+        raise ConfigError(["into=original needs a folder of its own, got none; set to=<folder>"])
     trial = options.selection().trial.row.trial
     from tinyllama_lab.deploy.export import export_merged
 
-    typed = options.text("to")
     target = user_path(typed) if typed else Exports(trial.deploy_dir).merged_dir
     export_merged(trial, target, into, force)
     print(f"written: {target}")
@@ -153,27 +166,20 @@ def _gguf(arguments: Sequence[str]) -> None:
     if not kinds:
         raise ConfigError(["types must name a type of GGUF file, got ''"])
     trial = options.selection().trial.row.trial
-    from tinyllama_lab.deploy.export import export_gguf, export_merged, write_modelfile
+    from tinyllama_lab.deploy.export import export_gguf
 
-    exports = Exports(trial.deploy_dir)
-    if not exports.merged_dir.exists():
-        say("merging")
-        export_merged(trial, exports.merged_dir, "dequantized", force)
-    for kind in kinds:
-        export_gguf(exports.merged_dir, exports.gguf_file(kind), kind, force)
-        print(f"written: {exports.gguf_file(kind)}")
-    print(f"written: {write_modelfile(exports, kinds[-1])}")
+    for path in export_gguf(trial, kinds, force, say):
+        print(f"written: {path}")
 
 
 def _deploy(arguments: Sequence[str]) -> None:
     options = Options(arguments, _DEPLOY)
-    kinds, force = _kinds(options), options.flag("force")
-    into = options.choice("into", ("dequantized", "original"))
+    kinds, force, device = _kinds(options), options.flag("force"), options.device()
     trial = options.selection().trial.row.trial
     from tinyllama_lab.deploy.export import deploy
     from tinyllama_lab.deploy.measure import print_rows
 
-    rows = deploy(trial, kinds, into, options.text("device"), force, say)
+    rows = deploy(trial, kinds, device, force, say)
     print_rows(rows, Console(width=line_width()))
     print(f"written: {trial.deploy_dir}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from tinyllama_lab.config.schema import Science, part, value_problem
+from tinyllama_lab.config.schema import Science, part
 from tinyllama_lab.core.dataset.chat_template import Message
 from tinyllama_lab.core.dataset.prompts import PromptFormat
 from tinyllama_lab.core.engines.sampling import TokenSampling
@@ -13,7 +13,7 @@ from tinyllama_lab.core.models.loading import load_base, model_folder, position_
 from tinyllama_lab.data.formats.cells import UnusableRow
 from tinyllama_lab.deploy.completer import Completion, Request, TextStream, completer
 from tinyllama_lab.deploy.selection import Selection
-from tinyllama_lab.errors import ConfigError, DataError, StudyError
+from tinyllama_lab.errors import DataError, StudyError
 
 
 class Assistant:
@@ -26,8 +26,6 @@ class Assistant:
             ModelError: the base or the device is not available.
             StudyError: the adapter does not fit the base.
         """
-        if problem := value_problem("hardware.device", device):
-            raise ConfigError([problem])
         self._science = part(Science, selection.trial.config)
         science = self._science
         self.base = load_base(science.model, science.quant, science.train.precision, device)

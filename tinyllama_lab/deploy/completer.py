@@ -100,9 +100,12 @@ class Completer(Protocol):
 
 def completer(base: Base, variant: str) -> Completer:
     """Return a completer of a base, for adapters of a `lora.variant`."""
-    if why_not_packed(base.model) or VARIANTS[variant].not_packed:
-        return PeftCompleter(base)
-    return PackedCompleter(base)
+    return PackedCompleter(base) if can_pack(base, variant) else PeftCompleter(base)
+
+
+def can_pack(base: Base, variant: str) -> bool:
+    """Return whether the packed engine runs adapters of a `lora.variant` on a base."""
+    return not (why_not_packed(base.model) or VARIANTS[variant].not_packed)
 
 
 class PackedCompleter:
@@ -127,7 +130,6 @@ class PackedCompleter:
         with _fitting(trial):
             adapter = self._engine.add(science.lora, science.seed)
             adapter.load(trial.adapter_dir)
-            adapter.updated()
         self._adapters[name] = adapter
 
     def begin(self, request: Request) -> Completion:

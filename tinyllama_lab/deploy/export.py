@@ -32,30 +32,40 @@ def export_merged(trial: TrialFolder, target: Path, into: str, force: bool) -> N
         merge(trial, folder, into)
 
 
-def export_gguf(model: Path, target: Path, kind: str, force: bool) -> None:
-    """Write a merged model to a GGUF file.
+def export_gguf(trial: TrialFolder, kinds: Sequence[str], force: bool, say: Say) -> list[Path]:
+    """Write GGUF files of a trial with a Modelfile for the last one, and return their paths.
+
+    The trial is merged first, if it is not yet.
 
     Raises:
-        StudyError: the file exists and `force` is false.
+        StudyError: one of the files exists and `force` is false.
     """
-    _check_free(target, force)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        written = Path(folder, target.name)
-        write_gguf(model, written, kind)
-        publish(written, target)
+    exports = Exports(trial.deploy_dir)
+    for kind in kinds:
+        _check_free(exports.gguf_file(kind), force)
+    if not exports.merged_dir.exists():
+        say("merging")
+        export_merged(trial, exports.merged_dir, "dequantized", force)
+    for kind in kinds:
+        say(f"writing {exports.gguf_file(kind).name}")
+        with tempfile.TemporaryDirectory(dir=exports.folder) as folder:
+            written = Path(folder, exports.gguf_file(kind).name)
+            write_gguf(exports.merged_dir, written, kind)
+            publish(written, exports.gguf_file(kind))
+    lines = [f"FROM ./{exports.gguf_file(kinds[-1]).name}", "PARAMETER temperature 0"]
+    write_atomic(exports.modelfile, "\n".join(lines) + "\n")
+    return [*map(exports.gguf_file, kinds), exports.modelfile]
 
 
 def _check_free(target: Path, force: bool) -> None:
     if target.exists() and not force:
         raise StudyError(
-            f"an export must not replace another one, and {target} exists; "
-            "set force=true, or to=<another folder>"
+            f"an export must not replace another one, and {target} exists; set force=true"
         )
 
 
 def deploy(
-    trial: TrialFolder, kinds: Sequence[str], into: str, device: str, force: bool, say: Say
+    trial: TrialFolder, kinds: Sequence[str], device: str, force: bool, say: Say
 ) -> list[Row]:
     """Merge, write the GGUF files, measure all of them, and keep the numbers with the trial.
 
@@ -67,27 +77,14 @@ def deploy(
     if kinds:  # before minutes of work
         check_installed()
     exports = Exports(trial.deploy_dir)
-    merged = exports.merged_dir
-    if force or not merged.exists():
+    if force or not exports.merged_dir.exists():
         say("merging")
-        export_merged(trial, merged, into, force)
+        export_merged(trial, exports.merged_dir, "dequantized", force)
     files = {kind: exports.gguf_file(kind) for kind in kinds}
-    for kind, file in files.items():
-        if force or not file.exists():
-            say(f"writing {file.name}")
-            export_gguf(merged, file, kind, force)
-    forms = {MERGED: merged, **files}
+    if missing := [kind for kind, file in files.items() if force or not file.exists()]:
+        export_gguf(trial, missing, force, say)
+    forms = {MERGED: exports.merged_dir, **files}
     rows = measure_forms(trial, forms, device, lambda form: say(f"measuring {form}"))
     record = [asdict(row) for row in rows]
     write_atomic(exports.measured_file, json.dumps(record, indent=2) + "\n")
     return rows
-
-
-def write_modelfile(exports: Exports, kind: str) -> Path:
-    """Write what `ollama create` reads, beside the GGUF file, and return its path.
-
-    Ollama takes the chat template from the file itself.
-    """
-    lines = [f"FROM ./{exports.gguf_file(kind).name}", "PARAMETER temperature 0"]
-    write_atomic(exports.modelfile, "\n".join(lines) + "\n")
-    return exports.modelfile

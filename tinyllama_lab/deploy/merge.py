@@ -14,12 +14,10 @@ from transformers import AutoConfig, GenerationConfig
 
 from tinyllama_lab.config.schema import Science, part
 from tinyllama_lab.core.dataset.prompts import PromptFormat
-from tinyllama_lab.core.models.loading import Base, load_base, model_folder
+from tinyllama_lab.core.models.loading import TRUSTED_FILES, Base, load_base, model_folder
 from tinyllama_lab.core.models.lora import attach_saved
 from tinyllama_lab.core.models.quiet import no_progress_bar
 from tinyllama_lab.study.trial import TrialFolder
-
-INTO = ("dequantized", "original")
 
 
 def merge(trial: TrialFolder, target: Path, into: str = "dequantized") -> None:
@@ -39,7 +37,7 @@ def merge(trial: TrialFolder, target: Path, into: str = "dequantized") -> None:
     """
     science: Science = part(Science, trial.read_config())
     folder = model_folder(science.model)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = AutoConfig.from_pretrained(folder, **TRUSTED_FILES)
     base = _base(science, into)
     model: Any = attach_saved(base.model, trial.adapter_dir).merge_and_unload(safe_merge=True)
     model.generation_config = _generation(folder, base)
@@ -47,7 +45,7 @@ def merge(trial: TrialFolder, target: Path, into: str = "dequantized") -> None:
         model.to(config.dtype or torch.float32).save_pretrained(target)
     base.tokenizer.chat_template = PromptFormat(base.tokenizer, science.data).template()
     base.tokenizer.save_pretrained(target)
-    for file in target.iterdir():  # safetensors writes files that only their owner may read
+    for file in target.glob("*.safetensors"):  # written so that only their owner may read them
         file.chmod(0o644)
 
 

@@ -7,13 +7,17 @@ what to do by a JSON file and writes what it measured into another.
 from __future__ import annotations
 
 import json
+import statistics
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tinyllama_lab.deploy.forms import Measured, Task, peak_resident_mib, share_of_same, timed
-from tinyllama_lab.errors import user_errors
+from tinyllama_lab.core import resident
+from tinyllama_lab.core.evaluation.timing import measure_speed
+from tinyllama_lab.deploy.forms import Measured, Task, share_of_same
+from tinyllama_lab.errors import ModelError, shown, user_errors
 from tinyllama_lab.study.files import write_atomic
 
 
@@ -33,32 +37,54 @@ def measure(task: Task) -> Measured:
 def _measure_gguf(task: Task) -> Measured:
     from tinyllama_lab.deploy.llama_cpp import GgufModel
 
-    longest = max(len(e["ids"]) for e in task.examples)
+    longest = max(len(example["ids"]) for example in task.examples)
     with GgufModel(Path(str(task.path)), longest + task.tokens + 1) as model:
+        _check_prompts(model, task)
         prompts = [example["prompt_ids"] for example in task.examples[: task.prompts]]
-        first_ms, speed = timed(
+        resident.reset_peak()
+        speed = measure_speed(
             lambda count, tick: model.generate(prompts[0], count, False, tick), task.tokens
         )
-        peak = peak_resident_mib()
+        peak_mib = resident.peak_mib()
         answers = [model.generate(prompt, task.tokens) for prompt in prompts]
-        losses = [_loss(model, example) for example in task.examples]
-        same = None
-        if task.answers is not None:
-            pairs = list(zip(prompts, task.answers, strict=True))
-            same = share_of_same(
-                [
-                    model.logits([*prompt, *answer][:-1], len(prompt) - 1).argmax(axis=1).tolist()
-                    for prompt, answer in pairs
-                    if answer
-                ],
-                [answer for _, answer in pairs if answer],
-            )
-        texts = [model.text(answer).strip() for answer in answers]
-        same_prompts = all(
-            model.tokenize(example["prompt_text"]) == example["prompt_ids"]
-            for example in task.examples
+        return Measured(
+            losses=[_loss(model, example) for example in task.examples],
+            answers=answers,
+            texts=[model.text(answer).strip() for answer in answers],
+            same_tokens=_same_tokens(model, prompts, task.answers),
+            decode_tokens_per_s=statistics.median(speed.tokens_per_s),
+            first_token_ms=statistics.median(speed.first_ms),
+            resident_mib=peak_mib,
+            dtype=task.form,
         )
-    return Measured(losses, answers, texts, same, speed, first_ms, peak, same_prompts, task.form)
+
+
+def _check_prompts(model: Any, task: Task) -> None:
+    """Refuse a file that reads the text of a prompt as other tokens than those of training.
+
+    Raises:
+        ModelError: it does; its answers would be garbage.
+    """
+    for example in task.examples:
+        if model.tokenize(example["prompt_text"]) != example["prompt_ids"]:
+            raise ModelError(
+                "prompts must be the tokens of training, and llama.cpp reads some otherwise, such "
+                f"as {shown(example['prompt_text'])!r}; use merge instead"
+            )
+
+
+def _same_tokens(
+    model: Any, prompts: Sequence[list[int]], answers: Sequence[list[int]] | None
+) -> float | None:
+    """Return the share of the answers' tokens that a file would choose too."""
+    if answers is None:
+        return None
+    chosen = [
+        # the token after the last one of the answer is not part of it
+        model.logits([*prompt, *answer], len(prompt) - 1)[:-1].argmax(axis=1).tolist()
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    return share_of_same(chosen, answers)
 
 
 def _loss(model: Any, example: dict[str, Any]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
@@ -10,15 +11,16 @@ from typing import Any
 import torch
 
 from tinyllama_lab.config.schema import Science, part
-from tinyllama_lab.config.variants import VARIANTS
 from tinyllama_lab.core.dataset.example import Example
 from tinyllama_lab.core.engines.base import Engine, WorkItem
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
-from tinyllama_lab.core.engines.packed.llama import why_not_packed
 from tinyllama_lab.core.engines.peft import PeftEngine
+from tinyllama_lab.core.evaluation import latency
 from tinyllama_lab.core.evaluation.losses import example_losses
+from tinyllama_lab.core.meter import PeakMemory
 from tinyllama_lab.core.models.loading import Base, load_base
-from tinyllama_lab.deploy.forms import Measured, Task, peak_resident_mib, share_of_same, timed
+from tinyllama_lab.deploy.completer import can_pack
+from tinyllama_lab.deploy.forms import Measured, Task, share_of_same
 from tinyllama_lab.study.trial import TrialFolder
 
 _MICRO_BATCH = 640  # tokens
@@ -29,31 +31,32 @@ def measure_torch(task: Task) -> Measured:
     trial = TrialFolder(Path(task.trial))
     science: Science = part(Science, trial.read_config())
     base = _load(task, science)
-    engine: Engine[Any] = _engine(base, science)
+    packed = can_pack(base, science.lora.variant)
+    engine: Engine[Any] = PackedEngine(base) if packed else PeftEngine(base)
     adapter = None
     if task.form == "adapter":
         adapter = engine.add(science.lora, science.seed)
         adapter.load(trial.adapter_dir)
-        adapter.updated()
     examples = [_example(record) for record in task.examples]
     items = [WorkItem(adapter, example) for example in examples]
-    asked = items[: task.prompts]
-    first_ms, speed = timed(
-        lambda count, tick: engine.generate(items[:1], count, False, None, tick), task.tokens
+    asked = examples[: task.prompts]
+    memory = PeakMemory(base.device)
+    speed = latency.measure(engine, adapter, examples[:1], task.tokens, base.device)
+    peak_mib = memory.read("infer")["memory/infer_peak_mib"]
+    generated = engine.generate(items[: len(asked)], task.tokens, stop=True)
+    # up to the end token, after which PEFT's engine pads
+    answers = [list(takewhile(lambda token: token not in base.end_ids, ids)) for ids in generated]
+    decode: Any = base.tokenizer.decode
+    return Measured(
+        losses=example_losses(engine, items, _MICRO_BATCH, lambda: False),
+        answers=answers,
+        texts=[str(decode(ids, skip_special_tokens=True)).strip() for ids in answers],
+        same_tokens=None if task.answers is None else _same_tokens(base, asked, task.answers),
+        decode_tokens_per_s=statistics.median(speed.tokens_per_s),
+        first_token_ms=statistics.median(speed.first_ms),
+        resident_mib=peak_mib,
+        dtype=str(base.dtype).removeprefix("torch."),
     )
-    ends = base.end_ids
-    peak = peak_resident_mib()  # of one answer at a time, as a GGUF file gives them
-    answers = [
-        list(takewhile(lambda token: token not in ends, ids))
-        for ids in engine.generate(asked, task.tokens, True)
-    ]
-    losses = example_losses(engine, items, _MICRO_BATCH, lambda: False)
-    same = None
-    if task.answers is not None:
-        same = _same_tokens(base, examples[: task.prompts], task.answers)
-    texts = [str(base.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in answers]
-    dtype = str(base.dtype).removeprefix("torch.")
-    return Measured(losses, answers, texts, same, speed, first_ms, peak, True, dtype)
 
 
 def _load(task: Task, science: Science) -> Base:
@@ -62,12 +65,6 @@ def _load(task: Task, science: Science) -> Base:
         model = replace(model, source="local", path=task.path, name="merged")
         quant = replace(quant, kind="none", double=False)
     return load_base(model, quant, science.train.precision, task.device)
-
-
-def _engine(base: Base, science: Science) -> Any:
-    if why_not_packed(base.model) or VARIANTS[science.lora.variant].not_packed:
-        return PeftEngine(base)
-    return PackedEngine(base)
 
 
 def _example(record: dict[str, Any]) -> Example:
@@ -81,12 +78,10 @@ def _example(record: dict[str, Any]) -> Example:
 def _same_tokens(base: Base, examples: list[Example], answers: list[list[int]]) -> float:
     """Return the share of the answers' tokens that a model without adapter chooses too."""
     model: Any = base.model
-    chosen, kept = [], []
+    chosen = []
     for example, answer in zip(examples, answers, strict=True):
-        if not answer:
-            continue
-        ids = [*example.prompt_ids, *answer][:-1]
+        ids = [*example.prompt_ids, *answer]
         logits = model(torch.tensor([ids], device=base.device)).logits[0]
-        chosen.append(logits[len(example.prompt_ids) - 1 :].argmax(dim=-1).tolist())
-        kept.append(answer)
-    return share_of_same(chosen, kept)
+        # the token after the last one of the answer is not part of it
+        chosen.append(logits[len(example.prompt_ids) - 1 : -1].argmax(dim=-1).tolist())
+    return share_of_same(chosen, answers)

@@ -75,14 +75,14 @@ def _trial(study: Study, wanted: str) -> tuple[Trial, str]:
     if wanted == RECOMMENDED:
         if trials := study.recommendation().trials:
             return trials[0], "the recommended setting, at its best seed"
-        wanted = BEST
-    if wanted == BEST:
+    if wanted in (RECOMMENDED, BEST):
         if (best := study.best()) is None:
             raise StudyError(
                 f"trial={wanted} needs trials that can be compared, and {study.name} has none; "
                 f"name one of: {_names(study)}"
             )
-        return best, "the lowest held-out loss"
+        why = "the lowest held-out loss"
+        return best, why if wanted == BEST else f"{why}; nothing is recommended"
     everyone = [*study.trials, *study.confirmation_trials]
     named = [t for t in everyone if wanted in (t.folder.name, t.name, t.key)]
     if not named and len(wanted) >= _SHORTEST_KEY:

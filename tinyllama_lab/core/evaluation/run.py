@@ -18,7 +18,7 @@ from tinyllama_lab.core.dataset.dataset import Example, Prepared
 from tinyllama_lab.core.engines.base import Adapter, Engine, WorkItem
 from tinyllama_lab.core.engines.sampling import TokenSampling
 from tinyllama_lab.core.evaluation import generation as generate
-from tinyllama_lab.core.evaluation import harness, latency
+from tinyllama_lab.core.evaluation import harness, latency, timing
 from tinyllama_lab.core.evaluation import losses as evaluate
 from tinyllama_lab.core.evaluation.generation import Generation
 from tinyllama_lab.core.evaluation.metrics import scores
@@ -207,7 +207,7 @@ def _time(context: WorkerContext, engine: Engine[Any], subjects: Sequence[Subjec
     for subject in subjects:
         subject.log_phase("timing decoding")
     device = context.base.device
-    merged: dict[tuple[int, tuple[int, ...]], latency.Speed] = {}
+    merged: dict[tuple[int, tuple[int, ...]], timing.Speed] = {}
     for subject in subjects:
         context.check_stop()
         tokens, metrics = subject.settings.latency_tokens, subject.result.metrics

@@ -35,7 +35,7 @@ from tinyllama_lab.errors import ModelError, shown
 from tinyllama_lab.study.files import user_path
 
 # code in a model folder never runs, and transformers does not ask whether it may
-_TRUSTED_FILES: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+TRUSTED_FILES: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 _NOT_TEXT = ("image", "audio", "video")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -103,7 +103,7 @@ def _load_weights(
     Raises:
         ModelError: the folder lacks some of the weights.
     """
-    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, **_TRUSTED_FILES}
+    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, **TRUSTED_FILES}
     if quant.kind != "none":
         options["quantization_config"] = quantization_config(quant, dtype)
         options["device_map"] = {"": str(device)}
@@ -163,7 +163,7 @@ def stored_as(model: ModelConfig, quant: QuantConfig, folder: Path) -> str:
     if _is_packaged(model):
         stored = f"{smollm2.quantization()}, dequantized"
     else:
-        dtype = AutoConfig.from_pretrained(folder, **_TRUSTED_FILES).dtype
+        dtype = AutoConfig.from_pretrained(folder, **TRUSTED_FILES).dtype
         stored = str(dtype).removeprefix("torch.") if dtype else "weights of unstated precision"
     if quant.kind == "none":
         return stored
@@ -175,7 +175,7 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
     Tokens for images or sounds are ignored, because a text model has no rows for them.
     """
-    config = AutoConfig.from_pretrained(folder, **_TRUSTED_FILES).get_text_config()
+    config = AutoConfig.from_pretrained(folder, **TRUSTED_FILES).get_text_config()
     rows = getattr(config, "vocab_size", None)
     foreign = {getattr(tokenizer, f"{kind}_token_id", None) for kind in _NOT_TEXT}
     count = max(set(tokenizer.get_vocab().values()) - foreign, default=-1) + 1
@@ -223,7 +223,7 @@ def _keep_stored(model: nn.Module) -> None:
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a model folder; it always has a padding token."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, **_TRUSTED_FILES)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **TRUSTED_FILES)
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"a tokenizer needs an end-of-sequence token, got none in {folder}; name the token "
@@ -243,7 +243,7 @@ def position_count(folder: Path) -> int | None:
     of a batch once it exceeds the original training length. The limit is that length, so that a
     row's result depends on that row alone.
     """
-    config: Any = AutoConfig.from_pretrained(folder, **_TRUSTED_FILES)
+    config: Any = AutoConfig.from_pretrained(folder, **TRUSTED_FILES)
     text = config.get_text_config()
     names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
     count = next((n for name in names if isinstance(n := getattr(text, name, None), int)), None)
