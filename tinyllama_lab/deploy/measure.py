@@ -181,7 +181,7 @@ def _size_mib(path: Path) -> float:
 
 def print_rows(rows: Sequence[Row], console: Console) -> None:
     """Print the table of all forms, and a sentence about each export."""
-    table = Table(box=SIMPLE_HEAD, show_edge=False)
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     heads = ("form", "dtype", "loss", "perplexity", "intent", "same", "tok/s", "first ms")
     for head in (*heads, "memory MiB", "file MiB"):
         is_word = head in ("form", "dtype")
