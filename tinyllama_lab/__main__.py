@@ -1,7 +1,7 @@
 """The Hydra app: `python -m tinyllama_lab`, or with `-m` a whole grid.
 
-The first word may also be another command: `data`, `ask`, `evaluate`, `report`, `ui` or `demo`;
-`--help` explains them.
+The first word may also be another command: `data`, `ask`, `evaluate`, `report`, `track`, `ui` or
+`demo`; `--help` explains them.
 """
 
 from __future__ import annotations
@@ -110,10 +110,17 @@ def _evaluate(arguments: list[str]) -> int:
     return evaluate(arguments, Path.cwd())
 
 
+def _track(arguments: list[str]) -> int:
+    from tinyllama_lab.sweep.track_command import track  # late, as above
+
+    return track(arguments, Path.cwd())
+
+
 _OTHERS: dict[str, Callable[[list[str]], int]] = {
     "data": show_data,
     "evaluate": _evaluate,
     "report": _report,
+    "track": _track,
     "ui": show_ui,
 }
 

@@ -293,6 +293,7 @@ class Config(Science):
     sweeps_dir: str
     retry: str = rule(choices=("auto", "all", "none"))
     confirm: int | str = rule(least=1, choices=("auto", "off"))
+    deploy: bool
     tracking: TrackingConfig
     hardware: HardwareConfig
 

@@ -25,6 +25,7 @@ from tinyllama_lab.config.schema import HardwareConfig, ModelConfig, QuantConfig
 from tinyllama_lab.errors import BaseMemoryError, LabError, StoppedError, is_disk_full
 from tinyllama_lab.output import accept_any_text
 from tinyllama_lab.study.events import EventLog
+from tinyllama_lab.study.machine import share_cores
 from tinyllama_lab.study.pack import DRIVER_PID, Arrivals, Exit, Pack, Task
 
 if TYPE_CHECKING:  # imports torch, so later: the driver first sees that the worker runs
@@ -156,17 +157,6 @@ def _stop_flag() -> Callable[[], bool]:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _: signals.append(received))
     return lambda: bool(signals)
-
-
-def share_cores() -> None:
-    """Let threads that wait for each other give up their cores; called before torch is imported.
-
-    Threads that spin keep each other off the cores: with one other program on two cores, a step
-    took 20 times as long instead of less than twice. With fewer spins than these, training is
-    slower where nothing else runs; `benchmarks/README.md` has the numbers.
-    """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 
 def _wait_for_pack() -> Path:

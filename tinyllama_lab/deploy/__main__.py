@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 
@@ -11,12 +12,15 @@ from tinyllama_lab.errors import ConfigError, quiet_interrupt, user_errors
 with quiet_interrupt():  # importing these takes a second, in which Ctrl-C may come
     from rich.console import Console
 
-    from tinyllama_lab.config.command import SWEEPS_DIR, unquoted
+    from tinyllama_lab.config.command import SWEEPS_DIR, study_settings, unquoted
     from tinyllama_lab.config.schema import value_problem
     from tinyllama_lab.deploy.selection import RECOMMENDED, Selection, select
     from tinyllama_lab.output import accept_any_text, line_width
+    from tinyllama_lab.report.exports import print_exports
     from tinyllama_lab.study.exports import Exports
     from tinyllama_lab.study.files import exists, user_path
+    from tinyllama_lab.study.machine import share_cores
+    from tinyllama_lab.study.study import StudyFolder
 
 _HELP = f"""\
 python -m tinyllama_lab.deploy chat [study=ranks] [trial=best]
@@ -175,13 +179,26 @@ def _gguf(arguments: Sequence[str]) -> None:
 def _deploy(arguments: Sequence[str]) -> None:
     options = Options(arguments, _DEPLOY)
     kinds, force, device = _kinds(options), options.flag("force"), options.device()
-    trial = options.selection().trial.row.trial
+    selection = options.selection()
+    trial = selection.trial.row.trial
     from tinyllama_lab.deploy.export import deploy
-    from tinyllama_lab.deploy.measure import print_rows
 
     rows = deploy(trial, kinds, device, force, say)
-    print_rows(rows, Console(width=line_width()))
+    print_exports(rows, Console(width=line_width()))
     print(f"written: {trial.deploy_dir}")
+    _show(selection.study)
+
+
+def _show(study: StudyFolder) -> None:
+    """Bring the exports to the study's page, and to MLflow if its runs are there."""
+    word = "track" if study.tracked_file.exists() else "report"
+    command = [sys.executable, "-m", "tinyllama_lab", word, *study_settings(study)]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    if ended.returncode:  # for example, a sweep of this study is running
+        last = (ended.stderr or ended.stdout).strip().splitlines()[-1:]
+        say(f"note: not shown on the page or in MLflow yet: {' '.join(last)}")
+    else:
+        print(f"shown on: {study.report_file}")
 
 
 _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
@@ -207,5 +224,6 @@ def main(arguments: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     accept_any_text()
+    share_cores()
     with user_errors():
         main(sys.argv[1:])

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from tinyllama_lab.deploy.gguf_export import write_gguf
 from tinyllama_lab.deploy.llama_cpp import check_installed
-from tinyllama_lab.deploy.measure import Row, measure_forms
+from tinyllama_lab.deploy.measure import measure_forms
 from tinyllama_lab.deploy.merge import merge
 from tinyllama_lab.errors import StudyError
-from tinyllama_lab.study.exports import Exports
+from tinyllama_lab.study.exports import MERGED, ExportRow, Exports
 from tinyllama_lab.study.files import atomic_folder, publish, write_atomic
 from tinyllama_lab.study.trial import TrialFolder
 
-MERGED = "merged"
 Say = Callable[[str], None]
 
 
@@ -66,7 +63,7 @@ def _check_free(target: Path, force: bool) -> None:
 
 def deploy(
     trial: TrialFolder, kinds: Sequence[str], device: str, force: bool, say: Say
-) -> list[Row]:
+) -> list[ExportRow]:
     """Merge, write the GGUF files, measure all of them, and keep the numbers with the trial.
 
     Exports that are there already are measured again, and written again if `force` is true.
@@ -85,6 +82,5 @@ def deploy(
         export_gguf(trial, missing, force, say)
     forms = {MERGED: exports.merged_dir, **files}
     rows = measure_forms(trial, forms, device, lambda form: say(f"measuring {form}"))
-    record = [asdict(row) for row in rows]
-    write_atomic(exports.measured_file, json.dumps(record, indent=2) + "\n")
+    exports.write_measured(rows)
     return rows

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 
 from tinyllama_lab.config.schema import Science, part
 from tinyllama_lab.core.dataset.dataset import DataCache
@@ -26,32 +22,10 @@ from tinyllama_lab.deploy.forms import Measured, Task
 from tinyllama_lab.errors import DataChangedError, ModelError
 from tinyllama_lab.metrics import MIB
 from tinyllama_lab.report.analysis.statistics import compare
+from tinyllama_lab.study.exports import BASE, TRAINED, ExportRow
 from tinyllama_lab.study.trial import TrialFolder
 
-TRAINED = "adapter"  # the form that the others are compared with
 _PROMPTS, _TOKENS = 16, 48  # answered by every form; tokens of an answer
-_INTENT = "eval/intent_accuracy"
-
-
-@dataclass(frozen=True)
-class Row:
-    """A form of the model beside the adapter as trained.
-
-    `low` and `high` are the 95 % interval of `difference` over held-out rows.
-    """
-
-    form: str
-    dtype: str
-    loss: float  # nats per supervised token
-    difference: float | None  # of the losses, this form minus the adapter as trained
-    low: float | None
-    high: float | None
-    scores: dict[str, float]  # of its answers, by metric name
-    same_tokens: float | None  # share of the adapter's tokens that it would choose too
-    decode_tokens_per_s: float
-    first_token_ms: float
-    resident_mib: float
-    file_mib: float
 
 
 @dataclass(frozen=True)
@@ -97,7 +71,7 @@ def measure_forms(
     exports: dict[str, Path],
     device: str,
     say: Callable[[str], None],
-) -> list[Row]:
+) -> list[ExportRow]:
     """Measure base, adapter and exports, one after the other, each in a process of its own.
 
     Args:
@@ -113,7 +87,7 @@ def measure_forms(
     plain = Task(TRAINED, str(trial.folder), None, device, _TOKENS, _PROMPTS, rows.records, None)
     say(TRAINED)
     trained = _run(plain)
-    forms: dict[str, Path | None] = {"base": None, **exports}
+    forms: dict[str, Path | None] = {BASE: None, **exports}
     measured: dict[str, Measured] = {}
     for form, path in forms.items():
         say(form)
@@ -121,11 +95,11 @@ def measure_forms(
         measured[form] = _run(replace(plain, form=form, path=text, answers=trained.answers))
     folder = model_folder(part(Science, trial.read_config()).model)
     sizes = {
-        "base": _size_mib(folder),
+        BASE: _size_mib(folder),
         TRAINED: _size_mib(folder) + _size_mib(trial.adapter_dir),
         **{form: _size_mib(path) for form, path in exports.items()},
     }
-    ordered = {"base": measured["base"], TRAINED: trained, **measured}
+    ordered = {BASE: measured[BASE], TRAINED: trained, **measured}
     return [_row(form, each, trained, rows, sizes[form]) for form, each in ordered.items()]
 
 
@@ -146,7 +120,9 @@ def _run(task: Task) -> Measured:
         return Measured(**json.loads(result.read_text(encoding="utf-8")))
 
 
-def _row(form: str, measured: Measured, trained: Measured, rows: Heldout, file_mib: float) -> Row:
+def _row(
+    form: str, measured: Measured, trained: Measured, rows: Heldout, file_mib: float
+) -> ExportRow:
     examples = rows.examples
     tokens = np.array([example.labels for example in examples], dtype=np.float64)
     losses = np.array(measured.losses)
@@ -157,7 +133,7 @@ def _row(form: str, measured: Measured, trained: Measured, rows: Heldout, file_m
         difference, (low, high) = estimate.difference, estimate.interval()
     answered = examples[: len(measured.texts)]
     references, intents = [e.reference for e in answered], [e.intent for e in answered]
-    return Row(
+    return ExportRow(
         form,
         measured.dtype,
         float(losses.sum() / tokens.sum()),
@@ -177,49 +153,3 @@ def _size_mib(path: Path) -> float:
     """Return the size of a file, or of the weights in a folder."""
     files = [path] if path.is_file() else [*path.glob("*.safetensors"), *path.glob("*.bin")]
     return sum(file.stat().st_size for file in files) / MIB
-
-
-def print_rows(rows: Sequence[Row], console: Console) -> None:
-    """Print the table of all forms, and a sentence about each export."""
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    heads = ("form", "dtype", "loss", "perplexity", "intent", "same", "tok/s", "first ms")
-    for head in (*heads, "memory MiB", "file MiB"):
-        is_word = head in ("form", "dtype")
-        table.add_column(head, justify="left" if is_word else "right", no_wrap=True)
-    for row in rows:
-        intent = row.scores.get(_INTENT)
-        table.add_row(
-            row.form,
-            row.dtype,
-            f"{row.loss:.4f}",
-            _change(row),
-            "-" if intent is None else f"{intent:.0%}",
-            "-" if row.same_tokens is None else f"{row.same_tokens:.1%}",
-            f"{row.decode_tokens_per_s:.1f}",
-            f"{row.first_token_ms:.0f}",
-            f"{row.resident_mib:,.0f}",
-            f"{row.file_mib:,.0f}",
-        )
-    console.print(table)
-    trained = next(row for row in rows if row.form == TRAINED)
-    for row in rows:
-        if row.form not in ("base", TRAINED):
-            console.print(sentence(row, trained), highlight=False, markup=False)
-
-
-def _change(row: Row) -> str:
-    """Return the change of perplexity against the adapter as trained, with its interval."""
-    if row.difference is None or row.low is None or row.high is None:
-        return "-"
-    change, low, high = (100 * math.expm1(x) for x in (row.difference, row.low, row.high))
-    return f"{change:+.1f} % [{low:.1f}, {high:.1f}]"
-
-
-def sentence(row: Row, trained: Row) -> str:
-    """Return what an export costs and saves, against the adapter as trained."""
-    change, _, interval = _change(row).partition(" [")
-    quality = f"{change} perplexity [{interval}" if interval else "perplexity not compared"
-    less = 1 - row.resident_mib / trained.resident_mib
-    memory = f"{abs(less):.0%} {'less' if less >= 0 else 'more'} memory".replace("%", " %")
-    speed = row.decode_tokens_per_s / trained.decode_tokens_per_s
-    return f"{row.form}: {quality}, {memory}, {speed:.1f} times as fast"

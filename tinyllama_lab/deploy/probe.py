@@ -18,6 +18,7 @@ from tinyllama_lab.core import resident
 from tinyllama_lab.core.evaluation.timing import measure_speed
 from tinyllama_lab.deploy.forms import Measured, Task, share_of_same
 from tinyllama_lab.errors import ModelError, shown, user_errors
+from tinyllama_lab.study.exports import BASE, MERGED, TRAINED
 from tinyllama_lab.study.files import write_atomic
 
 
@@ -27,7 +28,7 @@ def measure(task: Task) -> Measured:
     Raises:
         ModelError: it cannot be loaded.
     """
-    if task.form in ("base", "adapter", "merged"):
+    if task.form in (BASE, TRAINED, MERGED):
         from tinyllama_lab.deploy.probe_torch import measure_torch  # late: imports torch
 
         return measure_torch(task)

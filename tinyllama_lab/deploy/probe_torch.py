@@ -21,6 +21,7 @@ from tinyllama_lab.core.meter import PeakMemory
 from tinyllama_lab.core.models.loading import Base, load_base
 from tinyllama_lab.deploy.completer import can_pack
 from tinyllama_lab.deploy.forms import Measured, Task, share_of_same
+from tinyllama_lab.study.exports import MERGED, TRAINED
 from tinyllama_lab.study.trial import TrialFolder
 
 _MICRO_BATCH = 640  # tokens
@@ -34,7 +35,7 @@ def measure_torch(task: Task) -> Measured:
     packed = can_pack(base, science.lora.variant)
     engine: Engine[Any] = PackedEngine(base) if packed else PeftEngine(base)
     adapter = None
-    if task.form == "adapter":
+    if task.form == TRAINED:
         adapter = engine.add(science.lora, science.seed)
         adapter.load(trial.adapter_dir)
     examples = [_example(record) for record in task.examples]
@@ -61,8 +62,8 @@ def measure_torch(task: Task) -> Measured:
 
 def _load(task: Task, science: Science) -> Base:
     model, quant = science.model, science.quant
-    if task.form == "merged":
-        model = replace(model, source="local", path=task.path, name="merged")
+    if task.form == MERGED:
+        model = replace(model, source="local", path=task.path, name=MERGED)
         quant = replace(quant, kind="none", double=False)
     return load_base(model, quant, science.train.precision, task.device)
 

@@ -1,9 +1,36 @@
-"""The files that a trial is exported to."""
+"""The files that a trial is exported to, and the record of how they compare."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from tinyllama_lab.study.files import write_atomic
+
+BASE, TRAINED, MERGED = "base", "adapter", "merged"  # forms; others are types of GGUF files
+
+
+@dataclass(frozen=True)
+class ExportRow:
+    """A form of a model beside the adapter as trained.
+
+    `low` and `high` are the 95 % interval of `difference` over held-out rows.
+    """
+
+    form: str
+    dtype: str
+    loss: float  # nats per supervised token
+    difference: float | None  # of the losses, this form minus the adapter as trained
+    low: float | None
+    high: float | None
+    scores: dict[str, float]  # of its answers, by metric name
+    same_tokens: float | None  # share of the adapter's tokens that it would choose too
+    decode_tokens_per_s: float
+    first_token_ms: float
+    resident_mib: float
+    file_mib: float
 
 
 @dataclass(frozen=True)
@@ -30,3 +57,19 @@ class Exports:
     def gguf_file(self, kind: str) -> Path:
         """Return the GGUF file with weights of a type, such as `q4_0`."""
         return self.folder / f"model-{kind}.gguf"
+
+    def write_measured(self, rows: Sequence[ExportRow]) -> None:
+        """Record how the exports compare."""
+        record = [asdict(row) for row in rows]
+        write_atomic(self.measured_file, json.dumps(record, indent=2) + "\n")
+
+    def read_measured(self) -> tuple[list[ExportRow], str | None]:
+        """Return the recorded rows, or none and why they cannot be read (None if not written)."""
+        try:
+            text = self.measured_file.read_text(encoding="utf-8")
+            return [ExportRow(**row) for row in json.loads(text)], None
+        except FileNotFoundError:
+            return [], None
+        except (OSError, ValueError, TypeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            return [], f"{self.measured_file} is damaged ({reason}); deploy the trial again"

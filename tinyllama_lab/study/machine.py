@@ -1,4 +1,4 @@
-"""Names of this machine's CPU and GPU, as results store them in `environment`."""
+"""This machine: names of its CPU and GPU, and how threads share its cores."""
 
 from __future__ import annotations
 
@@ -8,8 +8,19 @@ import platform
 from pathlib import Path
 
 
+def share_cores() -> None:
+    """Let threads that wait for each other give up their cores; called before torch is imported.
+
+    Threads that spin keep each other off the cores: with one other program on two cores, a step
+    took 20 times as long instead of less than twice. With fewer spins than these, training is
+    slower where nothing else runs; `benchmarks/README.md` has the numbers.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+
+
 def cpu_name() -> str:
-    """Return the model of the CPU and its number of cores."""
+    """Return the model of the CPU and its number of cores, as results store it."""
     return f"{_cpu_model()} ({os.cpu_count()} cores)"
 
 

@@ -6,7 +6,7 @@ The typed settings of `eval` replace those of each trial; every other setting st
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -150,6 +150,11 @@ def trained_trials(study: StudyFolder) -> dict[TrialFolder, str]:
             f"only trials that are done can be scored again, and {study.name} has none; run its "
             "command first"
         )
+    return trial_labels(trials)
+
+
+def trial_labels(trials: Iterable[TrialFolder]) -> dict[TrialFolder, str]:
+    """Return the trials with their labels."""
     configs = {trial: trial.read_config() for trial in trials}
     swept = [key for key in swept_keys(configs.values()) if not key.startswith(f"{EVAL}.")]
     # the rows of a confirmation trial are part of its label, and its seed comes last

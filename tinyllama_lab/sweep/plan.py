@@ -184,7 +184,7 @@ def _not_swept(configs: Sequence[Config]) -> list[str]:
     problems = [
         f"{name} must be the same for all trials of one command, got several values; "
         "sweep a setting of model, data, lora, quant, train or seed"
-        for name in ("study", "sweeps_dir", "retry", "confirm", "tracking", "hardware")
+        for name in ("study", "sweeps_dir", "retry", "confirm", "deploy", "tracking", "hardware")
         if any(getattr(cell_config, name) != getattr(configs[0], name) for cell_config in configs)
     ]
     return problems + _scored_differently(configs)

@@ -27,6 +27,7 @@ from tinyllama_lab.study.evaluations import read_whole
 from tinyllama_lab.study.files import free_mib
 from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.study.trial import Result, State
+from tinyllama_lab.sweep.deploying import deploy_recommended
 from tinyllama_lab.sweep.execution import lock
 from tinyllama_lab.sweep.execution.display import Display
 from tinyllama_lab.sweep.execution.interrupts import Interrupts
@@ -117,6 +118,7 @@ def run_grid(cells: Sequence[Cell], launcher: str, workdir: Path) -> list[Result
         if plan.todo or plan.to_confirm or unsynced(plan, workdir):
             run_plan(plan, session, tuning)
         print_results(plan, session)
+    deploy_recommended(first, study, session.console, session.say)
     return [plan.results.get(key) for key in plan.requested_keys]
 
 

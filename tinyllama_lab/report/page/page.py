@@ -22,8 +22,9 @@ from tinyllama_lab.report.analysis.ranking import RankedCell, rivals
 from tinyllama_lab.report.analysis.recommendation import CellRecommendation
 from tinyllama_lab.report.analysis.settings import Settings
 from tinyllama_lab.report.analysis.statistics import METHODS
-from tinyllama_lab.report.analysis.trial_rows import TrialRow
+from tinyllama_lab.report.analysis.trial_rows import StudyRows, TrialRow
 from tinyllama_lab.report.caveats import caveats, method_notes
+from tinyllama_lab.report.exports import HEADS, exported_trials
 from tinyllama_lab.report.findings import explained, findings
 from tinyllama_lab.report.page import figures, figures_scaling, figures_trials
 from tinyllama_lab.report.page.figures import Drawing
@@ -81,7 +82,7 @@ def write_report(study: StudyFolder, analysis: Analysis) -> Path:
         "adapter": _adapter(study, recommended.cells),
         **_headline(analysis, recommended),
         **_tables(analysis, recommended.cells),
-        **_confirmation(analysis.rows.confirmation),
+        **_apart(analysis.rows),
         **_charts(analysis, recommended.cells, curves),
         **_origin(study, rows, search),
     }
@@ -163,13 +164,17 @@ def _adapter(study: StudyFolder, cells: Sequence[RankedCell]) -> str:
     return folder.relative_to(study.folder).as_posix() if folder.is_dir() else ""
 
 
-def _confirmation(rows: Sequence[TrialRow]) -> dict[str, Any]:
-    """Return the table of the trials that confirm the recommendation."""
-    heads, lines = trial_table(rows)
+def _apart(rows: StudyRows) -> dict[str, Any]:
+    """Return the tables of the confirmation trials and of measured exports."""
+    heads, lines = trial_table(rows.confirmation)
+    exported, problems = exported_trials([*rows.trials, *rows.confirmation])
     return {
         "confirmed": CONFIRMED,
         "confirmation_heads": heads,
         "confirmation_lines": lines,
+        "exported": exported,
+        "export_heads": HEADS,
+        "export_problems": problems,
     }
 
 

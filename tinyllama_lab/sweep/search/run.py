@@ -18,6 +18,7 @@ from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.metrics import BITS_PER_BYTE, HELDOUT_LOSS, METRICS
 from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.study.trial import EVAL, NEUTRAL, SCIENCE
+from tinyllama_lab.sweep.deploying import deploy_recommended
 from tinyllama_lab.sweep.plan import GUESSED_ROWS, Plan
 from tinyllama_lab.sweep.run import (
     Session,
@@ -92,7 +93,9 @@ def run_search(
         # only now: the trials that `AskTell` resumes may have added to the notes of `identify`
         notes = comparability_notes(plan.swept) + _rung_notes(settings, first)
         plan.notes += identify.notes + notes
-        return _finish(plan, session, ask_tell, settings.storage)
+        outcome = _finish(plan, session, ask_tell, settings.storage)
+    deploy_recommended(first, study, session.console, session.say)
+    return outcome
 
 
 def _finish(plan: Plan, session: Session, ask_tell: AskTell, storage: str | None) -> Outcome:

@@ -195,7 +195,7 @@ class Mirror(Tracker):
 
     def _finish(self, followed: FollowedTrial, result: Result) -> None:
         trial, entry = followed.trial, self._open(followed)
-        checksum = result_digest(result)
+        checksum = result_digest(trial, result)
         # otherwise an earlier command has sent all of it
         if entry.result != checksum:
             self._sync(followed)

@@ -18,6 +18,7 @@ from tinyllama_lab.config.schema import TrackingConfig
 from tinyllama_lab.errors import StudyError
 from tinyllama_lab.study.evaluations import read_shown
 from tinyllama_lab.study.events import Event, read_events
+from tinyllama_lab.study.exports import ExportRow, Exports
 from tinyllama_lab.study.files import write_atomic
 from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.study.trial import Result, TrialFolder, canonical_json, cell_key, digest
@@ -72,6 +73,14 @@ class Tracked:
     def write(self, file: Path) -> None:
         """Replace the file. Its offsets never exceed what was synced."""
         write_atomic(file, json.dumps(asdict(self), indent=1) + "\n")
+
+
+def recorded_uri(study: StudyFolder) -> str | None:
+    """Return the address that the runs of a study were sent to, without its password."""
+    try:
+        return str(json.loads(study.tracked_file.read_text(encoding="utf-8"))["uri"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
 def tracking_uri(tracking: TrackingConfig, workdir: Path) -> str:
@@ -141,7 +150,8 @@ def is_mirrored(
         return False
     tracked = Tracked.read(study.tracked_file, uri)
     return tracked.closed and all(
-        key in tracked.trials and tracked.trials[key].result == result_digest(result)
+        (entry := tracked.trials.get(key)) is not None
+        and entry.result == result_digest(study.trial_at(entry.folder), result)
         for key, result in results.items()
     )
 
@@ -163,10 +173,17 @@ def view_hint(study: StudyFolder, tracking: TrackingConfig, workdir: Path) -> st
     return f"runs: {command}, then http://127.0.0.1:5000{path}"
 
 
-def result_digest(result: Result) -> str:
-    """Return a digest that is equal for results with equal content."""
+def result_digest(trial: TrialFolder, result: Result) -> str:
+    """Return a digest that is equal if result and measured exports have equal content."""
     # `evaluation` names a folder of the trial, which MLflow does not show
-    return digest({k: v for k, v in asdict(result).items() if k != "evaluation"})
+    shown = {k: v for k, v in asdict(result).items() if k != "evaluation"}
+    rows = _exports(trial)
+    return digest({**shown, "exports": [asdict(row) for row in rows]} if rows else shown)
+
+
+def _exports(trial: TrialFolder) -> list[ExportRow]:
+    """Return the measured exports of a trial; the report names a damaged record."""
+    return Exports(trial.deploy_dir).read_measured()[0]
 
 
 def without_password(text: str) -> str:
@@ -247,6 +264,8 @@ def final_points(trial: TrialFolder, result: Result, time_ms: int) -> Iterator[P
     """
     final = {k: v for k, v in result.metrics.items() if not k.startswith("train/")}
     yield from points_at(time_ms + 1, 0, final)
+    for row in _exports(trial):
+        yield from points_at(time_ms + 1, 0, _export_metrics(row))
     events = read_events(trial.events_file)
     rungs = [event for event in events if event["kind"] == "rung"]
     losses = _first_losses(trial, len(rungs[-1].get("examples") or [])) if rungs else []
@@ -254,6 +273,13 @@ def final_points(trial: TrialFolder, result: Result, time_ms: int) -> Iterator[P
         last_step = max(int(event.get("step") or 0) for event in events)
         loss = sum(loss for loss, _ in losses) / sum(tokens for _, tokens in losses)
         yield from points_at(time_ms + 1, last_step, {"rung/eval_loss": loss})
+
+
+def _export_metrics(row: ExportRow) -> dict[str, Any]:
+    """Return the numbers of an export, named by its form: `export/q4_0/loss`."""
+    numbers = {name: value for name, value in asdict(row).items() if name != "scores"}
+    scores = {name.removeprefix("eval/"): value for name, value in row.scores.items()}
+    return {f"export/{row.form}/{name}": value for name, value in {**numbers, **scores}.items()}
 
 
 def _first_losses(trial: TrialFolder, count: int) -> list[tuple[float, float]]:

@@ -18,6 +18,7 @@ from filelock import FileLock
 
 from tinyllama_lab.config.axes import show
 from tinyllama_lab.config.schema import TrackingConfig
+from tinyllama_lab.study.exports import Exports
 from tinyllama_lab.study.files import publish
 from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.study.trial import Result, State, TrialFolder, canonical_json
@@ -199,7 +200,8 @@ class _MlflowStore:
         for folder, artifact_path in ((trial.adapter_dir, "adapter"), (trial.eval_dir, "eval")):
             if folder.is_dir():
                 self._client.log_artifacts(run_id, str(folder), artifact_path)
-        for file in (trial.config_file, trial.loss_curve_file, trial.result_file):
+        measured = Exports(trial.deploy_dir).measured_file
+        for file in (trial.config_file, trial.loss_curve_file, trial.result_file, measured):
             if file.is_file():
                 self._client.log_artifact(run_id, str(file))
         self._log_table(run_id, read_generations(trial))
