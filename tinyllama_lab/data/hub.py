@@ -86,7 +86,7 @@ def resolve(repo: str, revision: str | None, kind: Kind) -> str:
     cached = cached_snapshot(repo, revision, kind)
     if cached is not None:
         return cached.name
-    if _offline():
+    if is_offline():
         raise _unavailable(repo, kind, "HF_HUB_OFFLINE forbids connections to the hub")
     _check_cache(repo, kind)  # the worker downloads later: refuse before the sweep starts
     try:
@@ -122,7 +122,7 @@ def download(repo: str, commit: str, kind: Kind) -> Path:
     cached = cached_snapshot(repo, commit, kind)
     if cached is not None:
         return cached
-    if _offline():
+    if is_offline():
         raise _unavailable(repo, kind, "HF_HUB_OFFLINE forbids connections to the hub")
     try:
         folder = with_retries(lambda: _fetch(repo, commit, kind))
@@ -195,7 +195,7 @@ def chat_template(repo: str, commit: str) -> str | None:
     cached = cached_snapshot(repo, commit, "model")
     if cached is not None:
         return chat_template_of(cached)
-    if _offline():
+    if is_offline():
         return None
     try:
         from huggingface_hub import snapshot_download
@@ -274,10 +274,11 @@ def _wanted(names: list[str], kind: Kind) -> list[str]:
     weights = [n for n in top if n.endswith(".safetensors")] or [
         n for n in top if n.startswith("pytorch_model") and n.endswith(".bin")
     ]
-    return weights + [n for n in top if n.endswith((".json", ".model", ".txt", ".jinja"))]
+    texts = [n for n in top if n.endswith((".json", ".model", ".txt", ".jinja"))]
+    return [*weights, *texts, *({"README.md"} & set(top))]  # the last one names the licence
 
 
-def _offline() -> bool:
+def is_offline() -> bool:
     """Return whether the environment forbids connections to the hub."""
     value = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
     return value.upper() in ("1", "ON", "YES", "TRUE")

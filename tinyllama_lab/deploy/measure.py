@@ -23,14 +23,19 @@ from tinyllama_lab.core.dataset.example import Example, clusters
 from tinyllama_lab.core.evaluation.metrics.scores import text_scores
 from tinyllama_lab.core.models.loading import model_folder, read_tokenizer
 from tinyllama_lab.deploy.forms import Measured, Task
-from tinyllama_lab.errors import DataChangedError, ModelError
+from tinyllama_lab.errors import DataChangedError, ModelError, StudyError
 from tinyllama_lab.metrics import MIB
 from tinyllama_lab.report.analysis.statistics import compare
+from tinyllama_lab.study.exports import Exports
 from tinyllama_lab.study.trial import TrialFolder
 
 TRAINED = "adapter"  # the form that the others are compared with
 _PROMPTS, _TOKENS = 16, 48  # answered by every form; tokens of an answer
 _INTENT = "eval/intent_accuracy"
+HEADS = (
+    *("form", "dtype", "loss", "perplexity", "intent", "same", "tok/s", "first ms"),
+    *("memory MiB", "file MiB"),
+)
 
 
 @dataclass(frozen=True)
@@ -179,27 +184,48 @@ def _size_mib(path: Path) -> float:
     return sum(file.stat().st_size for file in files) / MIB
 
 
+def read_rows(exports: Exports) -> list[Row]:
+    """Return what was measured last; empty where nothing was.
+
+    Raises:
+        StudyError: the file is damaged.
+    """
+    try:
+        return [Row(**row) for row in json.loads(exports.measured_file.read_text("utf-8"))]
+    except FileNotFoundError:
+        return []
+    except (ValueError, TypeError) as error:
+        raise StudyError(
+            f"{exports.measured_file} must hold what was measured, got a damaged file ({error}); "
+            "delete it, or measure again with python -m tinyllama_lab.deploy"
+        ) from error
+
+
+def cells(row: Row) -> list[str]:
+    """Return the cells of a form below `HEADS`."""
+    intent = row.scores.get(_INTENT)
+    return [
+        row.form,
+        row.dtype,
+        f"{row.loss:.4f}",
+        _change(row),
+        "-" if intent is None else f"{intent:.0%}",
+        "-" if row.same_tokens is None else f"{row.same_tokens:.1%}",
+        f"{row.decode_tokens_per_s:.1f}",
+        f"{row.first_token_ms:.0f}",
+        f"{row.resident_mib:,.0f}",
+        f"{row.file_mib:,.0f}",
+    ]
+
+
 def print_rows(rows: Sequence[Row], console: Console) -> None:
     """Print the table of all forms, and a sentence about each export."""
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    heads = ("form", "dtype", "loss", "perplexity", "intent", "same", "tok/s", "first ms")
-    for head in (*heads, "memory MiB", "file MiB"):
+    for head in HEADS:
         is_word = head in ("form", "dtype")
         table.add_column(head, justify="left" if is_word else "right", no_wrap=True)
     for row in rows:
-        intent = row.scores.get(_INTENT)
-        table.add_row(
-            row.form,
-            row.dtype,
-            f"{row.loss:.4f}",
-            _change(row),
-            "-" if intent is None else f"{intent:.0%}",
-            "-" if row.same_tokens is None else f"{row.same_tokens:.1%}",
-            f"{row.decode_tokens_per_s:.1f}",
-            f"{row.first_token_ms:.0f}",
-            f"{row.resident_mib:,.0f}",
-            f"{row.file_mib:,.0f}",
-        )
+        table.add_row(*cells(row))
     console.print(table)
     trained = next(row for row in rows if row.form == TRAINED)
     for row in rows:

@@ -293,6 +293,15 @@ class TrialFolder(ResultFolder):
         return self.adapter_dir / ADAPTER_WEIGHTS
 
     @property
+    def adapter_config_file(self) -> Path:
+        return self.adapter_dir / "adapter_config.json"
+
+    @property
+    def card_file(self) -> Path:
+        """The adapter's README, which the Hugging Face hub shows as its card."""
+        return self.adapter_dir / "README.md"
+
+    @property
     def deploy_dir(self) -> Path:
         """What was exported for use outside of a sweep; see `Exports`."""
         return self.folder / "deploy"

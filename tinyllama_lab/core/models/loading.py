@@ -29,7 +29,6 @@ from tinyllama_lab.core.models import smollm2, tiny
 from tinyllama_lab.core.models.lora import whole_shape
 from tinyllama_lab.core.models.quiet import no_progress_bar
 from tinyllama_lab.data import hub
-from tinyllama_lab.data.cache import SMOLLM2_PACKAGE
 from tinyllama_lab.data.snapshots import check_task
 from tinyllama_lab.errors import ModelError, shown
 from tinyllama_lab.study.files import user_path
@@ -278,7 +277,7 @@ def repo_to_download(model: ModelConfig) -> str | None:
 
 
 def _is_packaged(model: ModelConfig) -> bool:
-    return model.source == "package" and str(model.identity).startswith(SMOLLM2_PACKAGE)
+    return model.source == "package" and smollm2.is_identity(model.identity)
 
 
 def pick_device(requested: str) -> torch.device:
