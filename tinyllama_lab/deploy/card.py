@@ -30,7 +30,7 @@ from tinyllama_lab.report.analysis.statistics import compare
 from tinyllama_lab.report.loaded_study import Study, load_study
 from tinyllama_lab.study.exports import Exports
 from tinyllama_lab.study.files import make_readable, user_path, write_atomic
-from tinyllama_lab.study.trial import TrialFolder
+from tinyllama_lab.study.trial import CARD, TrialFolder
 
 _CHOSEN = (
     "- The held-out rows may have chosen its settings and its seed, so its own results on them "
@@ -236,7 +236,7 @@ def _card_licence(folder: Path, kind: Kind) -> Licence:
     """Return what the card in a folder says; a card that cannot be read says nothing."""
     try:
         load: Any = (ModelCard if kind == "model" else DatasetCard).load
-        data = load(folder.joinpath("README.md"), ignore_metadata_errors=True).data
+        data = load(folder.joinpath(CARD), ignore_metadata_errors=True).data
     except (OSError, ValueError, YAMLError):
         return Licence()
     names, languages = _list(data.license), _list(data.language)

@@ -1,4 +1,4 @@
-"""Names of this machine's CPU and GPU, as results store them in `environment`."""
+"""This machine's CPU and GPU: their names, as results store them, and what the CPU computes."""
 
 from __future__ import annotations
 
@@ -21,6 +21,15 @@ def _cpu_model() -> str:
     except OSError:
         pass  # no /proc: not Linux
     return platform.processor() or platform.machine()
+
+
+def cpu_has_fast_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Return whether the CPU has AVX512-BF16 or AMX; otherwise bf16 is slower than float32."""
+    try:
+        flags = cpuinfo.read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def gpu_name() -> str | None:

@@ -32,6 +32,7 @@ from tinyllama_lab.data import hub
 from tinyllama_lab.data.snapshots import check_task
 from tinyllama_lab.errors import ModelError, shown
 from tinyllama_lab.study.files import user_path
+from tinyllama_lab.study.machine import cpu_has_fast_bf16
 
 # code in a model folder never runs, and transformers does not ask whether it may
 TRUSTED_FILES: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -301,15 +302,6 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
         ampere = torch.cuda.get_device_capability(device) >= (8, 0)
         return torch.bfloat16 if ampere else torch.float16
     return torch.bfloat16 if cpu_has_fast_bf16() else torch.float32
-
-
-def cpu_has_fast_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Return whether the CPU has AVX512-BF16 or AMX; otherwise bf16 is slower than float32."""
-    try:
-        flags = cpuinfo.read_text()
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def count_parameters(model: nn.Module) -> int:
