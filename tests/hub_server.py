@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-TOKEN = "hf_right"  # the one that may read every repository
+from tests.hub_uploads import LARGE, UPLOADS, Uploads, answer_upload, git_digest, sha256
+
+TOKEN = "hf_right"  # the one that may read and write every repository
 PAGE = 3  # files that one answer of the tree lists
-_LARGE = (".safetensors", ".bin", ".model", ".jsonl", ".parquet")  # as in .gitattributes
 _API = re.compile(r"/api/(model|dataset)s/([^/]+/[^/]+)(?:/(\w[\w-]*)(?:/(.+))?)?")
 _RESOLVE = re.compile(r"(?:/(dataset)s)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 _CACHED = re.compile(r"/api/resolve-cache/(model|dataset)s/([^/]+/[^/]+)/([^/]+)/(.+)")
@@ -90,6 +91,7 @@ class HubServer:
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.faults: list[Fault] = []
         self.requests: list[Request] = []
+        self.uploads = Uploads()
         self.sent: dict[str, int] = {}  # bytes of each file that were sent, by path
         self._lock = threading.Lock()
         self._servers = [_Server(self, is_cdn) for is_cdn in (False, True)]
@@ -186,14 +188,23 @@ class _Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self.do_GET()
 
+    def do_POST(self) -> None:
+        self.do_GET()
+
+    def do_PUT(self) -> None:
+        self.do_GET()
+
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
         token = (self.headers["Authorization"] or "").removeprefix("Bearer ") or None
+        body = self.rfile.read(int(self.headers["Content-Length"] or 0))
         self._fault = self.server.hub.fault(
             Request(self.command, path, self.headers["Range"], token, time.monotonic())
         )
         if self._fault and self._fault.status is not None:
             self._answer(self._fault.status, {"error": "a fault"}, self._fault.headers)
+        elif self.command in UPLOADS:
+            self._upload(path, body, token)
         elif path.startswith("/portal/"):
             self._head(200, {"Content-Type": "text/html"}, 0)
         elif self.server.is_cdn:
@@ -206,6 +217,18 @@ class _Handler(BaseHTTPRequestHandler):
             self._small(match[1], match[2], match[3], match[4])
         else:
             self._answer(404, {"error": "Not Found"})
+
+    def _upload(self, path: str, body: bytes, token: str | None) -> None:
+        """Answer a step of an upload; a right token may write, other known ones may only read."""
+        hub = self.server.hub
+        if not self.server.is_cdn and token != TOKEN:
+            status = 403 if token == "hf_other" else 401
+            self._answer(status, {"error": "you may not write here"})
+            return
+        status, answer = answer_upload(hub.uploads, (hub.url, hub.cdn), path, body)
+        if status == 200 and (match := _API.fullmatch(path)) and match[3] == "commit":
+            hub.add("model", match[2], hub.uploads.commits[-1])
+        self._answer(status, answer)
 
     def _open(self, kind: str, name: str, token: str | None, reads: bool) -> Repository | None:
         """Return a repository; None after a refusal was sent."""
@@ -234,14 +257,20 @@ class _Handler(BaseHTTPRequestHandler):
         if call == "auth-check":
             self._answer(200, {})
             return
-        commit = repository.commit(revision or "main")
+        revision, folder = revision or "main", ""
+        if call == "tree":
+            revision, _, folder = revision.partition("/")
+        commit = repository.commit(revision)
         if commit is None:
             error = {"error": f"Invalid rev id: {revision}"}
             self._answer(404, error, {"X-Error-Code": "RevisionNotFound"})
             return
         files = repository.commits[commit]
+        if call == "tree" and folder and not any(path.startswith(folder) for path in files):
+            self._answer(404, {"error": "no such folder"}, {"X-Error-Code": "EntryNotFound"})
+            return
         if call == "tree":
-            self._tree(files)
+            self._tree({path: files[path] for path in files if path.startswith(folder)})
             return
         self._answer(
             200,
@@ -262,17 +291,17 @@ class _Handler(BaseHTTPRequestHandler):
         query = parse_qs(urlsplit(self.path).query)
         folders = {path.rsplit("/", 1)[0] for path in files if "/" in path}
         entries: list[dict[str, Any]] = [
-            {"type": "directory", "path": path, "oid": _git_digest(b""), "size": 0}
+            {"type": "directory", "path": path, "oid": git_digest(b""), "size": 0}
             for path in sorted(folders)
         ]
         for path, content in sorted(files.items()):
             entry = {"type": "file", "path": path, "size": len(content)}
-            if path.endswith(_LARGE):
-                pointer = f"oid sha256:{_sha256(content)}".encode()
-                lfs = {"oid": _sha256(content), "size": len(content), "pointerSize": 134}
-                entries.append({**entry, "oid": _git_digest(pointer), "lfs": lfs})
+            if path.endswith(LARGE):
+                pointer = f"oid sha256:{sha256(content)}".encode()
+                lfs = {"oid": sha256(content), "size": len(content), "pointerSize": 134}
+                entries.append({**entry, "oid": git_digest(pointer), "lfs": lfs})
             else:
-                entries.append({**entry, "oid": _git_digest(content)})
+                entries.append({**entry, "oid": git_digest(content)})
         start = int(query.get("cursor", ["0"])[0])
         end = start + PAGE
         next_page = f"{self.server.hub.url}{urlsplit(self.path).path}?cursor={end}"
@@ -294,9 +323,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(404, {"error": "Entry not found"}, headers)
             return
         headers = {"X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
-        if path.endswith(_LARGE):
+        if path.endswith(LARGE):
             headers["X-Linked-Size"] = str(len(content))
-            headers["X-Linked-ETag"] = f'"{_sha256(content)}"'
+            headers["X-Linked-ETag"] = f'"{sha256(content)}"'
             headers["Location"] = f"{self.server.hub.cdn}/{kind}/{name}/{commit}/{path}"
             self._answer(302, {}, headers)
             return
@@ -305,13 +334,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _small(self, kind: str, name: str, commit: str, path: str) -> None:
         content = self.server.hub.repositories[kind, name].commits[commit][path]
-        headers = {"X-Repo-Commit": commit, "ETag": f'"{_git_digest(content)}"'}
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{git_digest(content)}"'}
         self._content(path, content, headers)
 
     def _from_cdn(self, path: str) -> None:
         kind, owner, name, commit, file = path.removeprefix("/").split("/", 4)
         content = self.server.hub.repositories[kind, f"{owner}/{name}"].commits[commit][file]
-        self._content(path, content, {"ETag": f'"{_sha256(content)}"'})
+        self._content(path, content, {"ETag": f'"{sha256(content)}"'})
 
     def _content(self, path: str, content: bytes, headers: dict[str, str]) -> None:
         """Send a file, or the range of it that is asked for, unless a fault cuts it."""
@@ -352,15 +381,6 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in {**headers, "Content-Length": str(length)}.items():
             self.send_header(name, value)
         self.end_headers()
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def _git_digest(content: bytes) -> str:
-    """Return the name that git gives to a file of this content."""
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def hub_environment(home: Path, endpoint: str, **variables: str) -> dict[str, str]:

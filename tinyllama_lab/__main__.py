@@ -1,7 +1,7 @@
 """The Hydra app: `python -m tinyllama_lab`, or with `-m` a whole grid.
 
-The first word may also be another command: `data`, `ask`, `evaluate`, `report`, `track`, `ui` or
-`demo`; `--help` explains them.
+The first word may also be another command: `data`, `ask`, `doctor`, `evaluate`, `report`, `track`,
+`ui` or `demo`; `--help` explains them.
 """
 
 from __future__ import annotations
@@ -106,6 +106,12 @@ def _report(arguments: list[str]) -> int:
     return 0
 
 
+def _doctor(arguments: list[str]) -> int:
+    from tinyllama_lab.sweep.doctor.command import doctor  # late: no other command needs it
+
+    return doctor(arguments)
+
+
 def _evaluate(arguments: list[str]) -> int:
     return evaluate(arguments, Path.cwd())
 
@@ -118,6 +124,7 @@ def _track(arguments: list[str]) -> int:
 
 _OTHERS: dict[str, Callable[[list[str]], int]] = {
     "data": show_data,
+    "doctor": _doctor,
     "evaluate": _evaluate,
     "report": _report,
     "track": _track,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
-from tinyllama_lab.study.files import atomic_folder, write_atomic
+from tinyllama_lab.study.files import SHARED_BYTES, atomic_folder, share_equal, write_atomic
 
 
 @pytest.mark.parametrize("name", ["fsync", "replace", "rename"])
@@ -89,3 +90,43 @@ def test_all_content_is_flushed_before_the_rename_and_the_rename_after_it(
         (temporary / "below" / "weights").write_text("1")
     assert sorted(flushed[:-1]) == [(".model.tmp", False), ("below", False), ("weights", False)]
     assert flushed[-1] == (tmp_path.name, True)
+
+
+def test_files_in_an_atomic_folder_get_the_permissions_of_the_umask(tmp_path: Path) -> None:
+    for umask, mode in ((0o022, 0o644), (0o027, 0o640), (0o077, 0o600)):
+        before = os.umask(umask)
+        try:
+            with atomic_folder(tmp_path / "model") as folder:
+                (folder / "weights").touch(0o600)
+                (folder / "below").mkdir()
+                (folder / "below" / "more").touch(0o600)
+        finally:
+            os.umask(before)
+        files = [path for path in (tmp_path / "model").rglob("*") if path.is_file()]
+        assert [path.stat().st_mode & 0o777 for path in files] == [mode, mode]
+
+
+def test_equal_large_files_are_one_file_on_disk_and_others_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    large = b"x" * SHARED_BYTES
+    for folder, content in ((first, b"1"), (second, b"2")):
+        folder.mkdir()
+        for name, text in (("equal", large), ("small", b"s"), ("weights", large + content)):
+            (folder / name).write_bytes(text)
+    with monkeypatch.context() as patch:  # a file system without hard links
+        patch.setattr(os, "link", _no_links)
+        share_equal(second, first)
+    assert (second / "equal").stat().st_nlink == 1
+    share_equal(second, first)
+    assert (second / "equal").samefile(first / "equal")
+    assert not (second / "small").samefile(first / "small")
+    assert (second / "weights").read_bytes() == large + b"2"
+    assert sorted(path.name for path in second.iterdir()) == ["equal", "small", "weights"]
+    shutil.rmtree(first)
+    assert (second / "equal").read_bytes() == large
+
+
+def _no_links(*arguments: object, **options: object) -> None:
+    raise OSError("no links here")

@@ -28,7 +28,6 @@ from tinyllama_lab.core.models import smollm2, tiny
 from tinyllama_lab.core.models.loading import (
     Base,
     base_name,
-    cpu_has_fast_bf16,
     load_base,
     load_tokenizer,
     pick_dtype,
@@ -36,6 +35,7 @@ from tinyllama_lab.core.models.loading import (
 )
 from tinyllama_lab.data.cache import cache_dir, made_once
 from tinyllama_lab.errors import ModelError
+from tinyllama_lab.study.machine import cpu_has_fast_bf16
 
 NONE = QuantConfig(kind="none", double=False)
 

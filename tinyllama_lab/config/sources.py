@@ -21,6 +21,8 @@ class SourceKind:
         reader: module of `data/reading` whose `read_path` reads a path; empty for data files,
             which are read by their suffix.
         is_remote: the worker downloads the records, so the driver cannot check them.
+        licence: of the records, where this project knows it; as the hub names licences.
+        languages: of the records, where this project knows them; as the hub names languages.
     """
 
     settings: tuple[str, ...] = ()
@@ -29,6 +31,8 @@ class SourceKind:
     package_file: str = ""
     reader: str = ""
     is_remote: bool = False
+    licence: str = ""
+    languages: tuple[str, ...] = ()
 
     @property
     def has_path(self) -> bool:
@@ -38,7 +42,9 @@ class SourceKind:
 
 FILE_OPTIONS = {"model": "local", "data": "file"}  # the options for files on disk
 SOURCES = {
-    "travel": SourceKind(package_file="travel/travel.jsonl"),
+    "travel": SourceKind(
+        package_file="travel/travel.jsonl", licence="apache-2.0", languages=("en",)
+    ),
     "hub": SourceKind(
         ("repo", "config", "revision", "split", "eval_split"),
         required="a hub repository",

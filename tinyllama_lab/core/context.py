@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ class WorkerContext:
     stream: StreamSettings | None = None  # of trials that arrive while others train
     fitting_tokens: int | None = None  # of a smaller micro-batch, if memory demands one
     measured_tokens: int | None = None  # of the micro-batch, as `MicroBatchSize` says
+    saved_adapter_dir: Path | None = None  # the last one, with whose tokenizer others share files
 
     def environment(self) -> dict[str, Any]:
         """Return the environment that a result records besides its configuration."""

@@ -86,7 +86,7 @@ def resolve(repo: str, revision: str | None, kind: Kind) -> str:
     cached = cached_snapshot(repo, revision, kind)
     if cached is not None:
         return cached.name
-    if _offline():
+    if is_offline():
         raise _unavailable(repo, kind, "HF_HUB_OFFLINE forbids connections to the hub")
     _check_cache(repo, kind)  # the worker downloads later: refuse before the sweep starts
     try:
@@ -122,7 +122,7 @@ def download(repo: str, commit: str, kind: Kind) -> Path:
     cached = cached_snapshot(repo, commit, kind)
     if cached is not None:
         return cached
-    if _offline():
+    if is_offline():
         raise _unavailable(repo, kind, "HF_HUB_OFFLINE forbids connections to the hub")
     try:
         folder = with_retries(lambda: _fetch(repo, commit, kind))
@@ -168,7 +168,7 @@ def _check_room(files: list[RepoFile], repo: str, kind: Kind) -> None:
     Raises:
         ModelError, DataError: they do not.
     """
-    cache = _cache_folder()
+    cache = cache_folder()
     needed_mib, free = sum(file.size for file in files) // MIB, free_mib(cache)
     if free is not None and needed_mib > free:
         raise hub_errors.no_room(repo, kind, cache, f"{free} MiB free of {needed_mib} MiB")
@@ -195,7 +195,7 @@ def chat_template(repo: str, commit: str) -> str | None:
     cached = cached_snapshot(repo, commit, "model")
     if cached is not None:
         return chat_template_of(cached)
-    if _offline():
+    if is_offline():
         return None
     try:
         from huggingface_hub import snapshot_download
@@ -208,6 +208,11 @@ def chat_template(repo: str, commit: str) -> str | None:
     return chat_template_of(Path(folder))
 
 
+def is_commit(identity: str) -> bool:
+    """Return whether the identity of a model is a commit of the hub."""
+    return re.fullmatch(r"[0-9a-f]{40}", identity) is not None
+
+
 def is_repository(name: str) -> bool:
     """Return whether a name is a valid repository name of the hub."""
     return _REPO.fullmatch(name) is not None
@@ -218,7 +223,7 @@ def has_tinyllama() -> bool:
     return cached_snapshot(TINYLLAMA, None, "model") is not None
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
     """Return the hub cache by the environment variables that huggingface_hub reads."""
     environ = os.environ
     home = environ.get("HF_HOME") or os.path.join(
@@ -234,7 +239,7 @@ def _check_cache(repo: str, kind: Kind) -> None:
     Raises:
         ModelError, DataError: the cache cannot be written to.
     """
-    cache = _cache_folder()
+    cache = cache_folder()
     is_homeless = str(cache).startswith("~")
     problem = "no home folder is known" if is_homeless else write_problem(cache)
     if problem:
@@ -259,7 +264,7 @@ def _repo_folder(repo: str, revision: str | None, kind: Kind) -> Path:
         )
     if revision is not None and not _REVISION.fullmatch(revision):
         raise _error(kind)(hub_errors.wrong_revision(revision, kind))
-    return _cache_folder() / f"{kind}s--{repo.replace('/', '--')}"
+    return cache_folder() / f"{kind}s--{repo.replace('/', '--')}"
 
 
 def _wanted(names: list[str], kind: Kind) -> list[str]:
@@ -274,21 +279,22 @@ def _wanted(names: list[str], kind: Kind) -> list[str]:
     weights = [n for n in top if n.endswith(".safetensors")] or [
         n for n in top if n.startswith("pytorch_model") and n.endswith(".bin")
     ]
-    return weights + [n for n in top if n.endswith((".json", ".model", ".txt", ".jinja"))]
+    texts = [n for n in top if n.endswith((".json", ".model", ".txt", ".jinja"))]
+    return [*weights, *texts, *({"README.md"} & set(top))]  # the last one names the licence
 
 
-def _offline() -> bool:
+def is_offline() -> bool:
     """Return whether the environment forbids connections to the hub."""
     value = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
     return value.upper() in ("1", "ON", "YES", "TRUE")
 
 
 def _failed(error: Exception, repo: str, revision: str | None, kind: Kind) -> LabError:
-    return hub_errors.failed(error, repo, revision, kind, _cache_folder())
+    return hub_errors.failed(error, repo, revision, kind, cache_folder())
 
 
 def _unavailable(repo: str, kind: Kind, reason: str) -> LabError:
-    return hub_errors.unavailable(repo, kind, reason, _cache_folder())
+    return hub_errors.unavailable(repo, kind, reason, cache_folder())
 
 
 def _error(kind: Kind) -> type[LabError]:

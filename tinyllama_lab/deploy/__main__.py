@@ -29,6 +29,8 @@ python -m tinyllama_lab.deploy chat [study=ranks] [trial=best]
   chat       talk to the adapter; --once "question" prints one answer
   merge      write the base with the adapter in its weights, as transformers saves a model
   gguf       write the merged model for llama.cpp and Ollama, with a Modelfile
+  card       write the adapter's README: data, settings, results, verdicts, licences
+  push       upload adapter and card to the Hugging Face hub
 
   study=<the newest>     a study with finished trials
   trial={RECOMMENDED}      or best, a name, a key, or settings such as trial="r=16 n=1500"
@@ -38,6 +40,8 @@ chat:      --once "question", system="...", tokens=256 (the most of an answer), 
            seed=0, device=auto (or cpu, cuda)
 merge:     to=<folder>, into=dequantized (for a quantized base; or original), force=false
 gguf:      types=f16,q8_0,q4_0, force=false
+card:      license=<that of base and data>, force=false (replace a card that you edited)
+push:      to=<user/name>, private=true (if it is new), license=<that of base and data>
 (nothing)  the same, and device=auto"""
 
 
@@ -46,6 +50,8 @@ _DEVICE = {"device": "auto"}
 _CHAT = {"once": "", "system": "", "tokens": "256", "temperature": "0", "seed": "0", **_DEVICE}
 _MERGE = {"to": "", "into": "dequantized", "force": "false"}
 _GGUF = {"types": "f16,q8_0,q4_0", "force": "false"}
+_CARD = {"license": "", "force": "false"}
+_PUSH = {"to": "", "private": "true", "license": ""}
 _DEPLOY = {**_GGUF, **_DEVICE}
 
 
@@ -201,10 +207,31 @@ def _show(study: StudyFolder) -> None:
         print(f"shown on: {study.report_file}")
 
 
+def _card(arguments: Sequence[str]) -> None:
+    options = Options(arguments, _CARD)
+    force, licence = options.flag("force"), options.text("license")
+    selection = options.selection()
+    from tinyllama_lab.deploy.card import write_card
+
+    print(f"written: {write_card(selection, licence, force)}")
+
+
+def _push(arguments: Sequence[str]) -> None:
+    options = Options(arguments, _PUSH)
+    private, licence = options.flag("private"), options.text("license")
+    from tinyllama_lab.deploy.push import check_target, push
+
+    check_target(options.text("to"))
+    selection = options.selection()
+    print(f"uploaded: {push(selection, options.text('to'), private, licence, say)}")
+
+
 _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "chat": _chat,
     "merge": _merge,
     "gguf": _gguf,
+    "card": _card,
+    "push": _push,
 }
 
 

@@ -43,10 +43,7 @@ def merge(trial: TrialFolder, target: Path, into: str = "dequantized") -> None:
     model.generation_config = _generation(folder, base)
     with no_progress_bar():
         model.to(config.dtype or torch.float32).save_pretrained(target)
-    base.tokenizer.chat_template = PromptFormat(base.tokenizer, science.data).template()
-    base.tokenizer.save_pretrained(target)
-    for file in target.glob("*.safetensors"):  # written so that only their owner may read them
-        file.chmod(0o644)
+    PromptFormat(base.tokenizer, science.data).save_tokenizer(target)
 
 
 def _base(science: Science, into: str) -> Base:

@@ -75,6 +75,7 @@ class Study:
         """Read a study's folder; see `load_study`."""
         rows = read_study(folder)
         self._study, self._rows = folder, rows
+        self._analyses: dict[Settings, Analysis] = {}  # each is computed once
         self.name, self.folder = folder.name, folder.folder
         self.report_file = folder.report_file
         self.trials = [Trial(row) for row in rows.trials if not row.is_base]
@@ -206,11 +207,22 @@ class Study:
             sentences=tuple(sentences),
         )
 
+    def notes(self) -> list[str]:
+        """Return what limits the verdicts and the recommendation, and how they were made."""
+        from tinyllama_lab.report.caveats import caveats, method_notes
+
+        analysis = self._analysis(_settings())
+        comparison, effects = analysis.comparison, analysis.effects
+        notes = caveats(comparison, effects, analysis.recommendation.cells)
+        return [*notes, *method_notes(comparison, effects, analysis.settings)]
+
     def _analysis(self, settings: Settings) -> Analysis:
         # imported late, since scipy takes most of a second and `load_study` does not need it
         from tinyllama_lab.report.analysis.analysis import Analysis
 
-        return Analysis(self._rows, settings)
+        if settings not in self._analyses:
+            self._analyses[settings] = Analysis(self._rows, settings)
+        return self._analyses[settings]
 
     def __len__(self) -> int:
         return len(self.trials)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
 import shutil
 import sys
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tinyllama_lab.metrics import MIB
+
+SHARED_BYTES = 2**16  # smaller files are not worth a link, and people may edit them
 
 
 def user_path(text: str) -> Path:
@@ -52,9 +55,37 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
         yield temporary
+        make_readable(temporary)
         publish(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def make_readable(folder: Path) -> None:
+    """Give the files in a folder the permissions that other new files get.
+
+    safetensors writes files that only their owner may read, whatever the umask says.
+    """
+    # of the folder, which the umask made: a process cannot read its umask without setting it
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink() and path.stat().st_mode & 0o666 != mode:
+            path.chmod(mode)
+
+
+def share_equal(folder: Path, other: Path) -> None:
+    """Make large files of a folder, equal to those of the same name in `other`, one file on disk.
+
+    Without hard links, as on some network mounts, they stay as they are.
+    """
+    for path in folder.iterdir():
+        twin = other / path.name
+        is_large = path.is_file() and path.stat().st_size >= SHARED_BYTES
+        if is_large and twin.is_file() and filecmp.cmp(path, twin, shallow=False):
+            link = path.with_name(f".{path.name}.link")
+            with suppress(OSError):
+                link.hardlink_to(twin)
+                link.replace(path)
 
 
 def publish(temporary: Path, path: Path) -> None:

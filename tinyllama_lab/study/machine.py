@@ -1,4 +1,4 @@
-"""This machine: names of its CPU and GPU, and how threads share its cores."""
+"""This machine: names of its CPU and GPU, what the CPU computes, how threads share its cores."""
 
 from __future__ import annotations
 
@@ -32,6 +32,15 @@ def _cpu_model() -> str:
     except OSError:
         pass  # no /proc: not Linux
     return platform.processor() or platform.machine()
+
+
+def cpu_has_fast_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Return whether the CPU has AVX512-BF16 or AMX; otherwise bf16 is slower than float32."""
+    try:
+        flags = cpuinfo.read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def gpu_name() -> str | None:

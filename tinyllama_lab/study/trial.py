@@ -42,7 +42,9 @@ SHIPPED = ("tinyllama", "tinyllama_v01", "dolly", "alpaca", "bitext_travel", "in
 _UNLABELLED = (None, "package", "random", "travel")  # of all other sources, the name is a label
 
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"  # as PEFT names the file
+# as PEFT and the Hugging Face hub name the files of an adapter
+ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+CARD = "README.md"
 
 
 class State(StrEnum):
@@ -291,6 +293,15 @@ class TrialFolder(ResultFolder):
     @property
     def weights_file(self) -> Path:
         return self.adapter_dir / ADAPTER_WEIGHTS
+
+    @property
+    def adapter_config_file(self) -> Path:
+        return self.adapter_dir / ADAPTER_CONFIG
+
+    @property
+    def card_file(self) -> Path:
+        """The adapter's README, which the Hugging Face hub shows as its card."""
+        return self.adapter_dir / CARD
 
     @property
     def deploy_dir(self) -> Path:

@@ -26,8 +26,8 @@ Five examples:
 The sweep trains every combination of the values; without -m it trains one. `ask` says what a
 question costs before anything is trained, `data` shows what would be trained on, and `evaluate`
 scores trained adapters again. Each of them explains itself with --help. `demo` runs a small
-sweep, `ui` opens the runs in MLflow, and `track` sends it what it lacks.
-`python -m tinyllama_lab.deploy` uses a trained adapter.
+sweep, `ui` opens the runs in MLflow, `track` sends it what it lacks, and `doctor` checks this
+machine. `python -m tinyllama_lab.deploy` uses a trained adapter.
 """
 _TAIL = """
 Options:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
@@ -18,6 +20,7 @@ from tinyllama_lab.core.dataset.chat_template import (
 from tinyllama_lab.data.formats.cells import UnusableRow
 from tinyllama_lab.data.rows import RawRow, Turn
 
+_LOADED_BY = ("local_files_only", "is_local", "trust_remote_code", "name_or_path")
 _MARK = "\x00"  # stands for the question, in which it cannot occur
 _DEFAULT_SYSTEM = (
     "{{% if messages[0]['role'] != 'system' %}}"
@@ -34,7 +37,7 @@ class PromptFormat:
         Raises:
             DataError: `data.style=chat` without a chat template, or with one that needs a date.
         """
-        self._data = data
+        self._data, self._tokenizer = data, tokenizer
         self._text = TextTokenizer(tokenizer)
         self._chat = ChatTemplate(tokenizer, data.date) if data.style == "chat" else None
 
@@ -89,6 +92,15 @@ class PromptFormat:
         before = self._text.start + before
         parts = (json.dumps(part, ensure_ascii=False) for part in (before, after))
         return "{{{{ {} }}}}{{{{ messages[-1]['content'] }}}}{{{{ {} }}}}".format(*parts)
+
+    def save_tokenizer(self, folder: Path) -> None:
+        """Save the tokenizer as transformers does, with `template` as its chat template."""
+        tokenizer = copy.copy(self._tokenizer)
+        tokenizer.chat_template = self.template()
+        # how it was loaded here says nothing about how it is to be loaded elsewhere
+        kept = {k: v for k, v in tokenizer.init_kwargs.items() if k not in _LOADED_BY}
+        tokenizer.init_kwargs = kept
+        tokenizer.save_pretrained(folder)
 
     def _encode(self, row: RawRow) -> TokenSequence:
         if self._chat is not None:

@@ -29,10 +29,10 @@ from tinyllama_lab.core.models import smollm2, tiny
 from tinyllama_lab.core.models.lora import whole_shape
 from tinyllama_lab.core.models.quiet import no_progress_bar
 from tinyllama_lab.data import hub
-from tinyllama_lab.data.cache import SMOLLM2_PACKAGE
 from tinyllama_lab.data.snapshots import check_task
 from tinyllama_lab.errors import ModelError, shown
 from tinyllama_lab.study.files import user_path
+from tinyllama_lab.study.machine import cpu_has_fast_bf16
 
 # code in a model folder never runs, and transformers does not ask whether it may
 TRUSTED_FILES: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -278,7 +278,7 @@ def repo_to_download(model: ModelConfig) -> str | None:
 
 
 def _is_packaged(model: ModelConfig) -> bool:
-    return model.source == "package" and str(model.identity).startswith(SMOLLM2_PACKAGE)
+    return model.source == "package" and smollm2.is_identity(model.identity)
 
 
 def pick_device(requested: str) -> torch.device:
@@ -302,15 +302,6 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
         ampere = torch.cuda.get_device_capability(device) >= (8, 0)
         return torch.bfloat16 if ampere else torch.float16
     return torch.bfloat16 if cpu_has_fast_bf16() else torch.float32
-
-
-def cpu_has_fast_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Return whether the CPU has AVX512-BF16 or AMX; otherwise bf16 is slower than float32."""
-    try:
-        flags = cpuinfo.read_text()
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -22,9 +22,23 @@ def folder() -> Path:
     return made_once(SMOLLM2.format(version=importlib.metadata.version(SMOLLM2_PACKAGE)), _convert)
 
 
+def is_identity(identity: str | None) -> bool:
+    """Return whether the identity of a model is that of the package, not a commit of the hub."""
+    return str(identity).startswith(SMOLLM2_PACKAGE)
+
+
 def quantization() -> str:
     """Return the quantization of the packaged file, from its name: `Q4_1`."""
     return _gguf_file().stem.rpartition(".")[2]
+
+
+def licence() -> tuple[str, tuple[str, ...]]:
+    """Return the licence and the languages that the packaged file names; seconds."""
+    from gguf import GGUFReader  # late: as below
+
+    fields = GGUFReader(_gguf_file()).fields
+    names = [fields[f"general.{name}"].contents() for name in ("license", "languages")]
+    return str(names[0]), tuple(map(str, names[1]))
 
 
 def _convert(target: Path) -> None:

@@ -13,8 +13,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from tinyllama_lab.config.schema import DataConfig, EvalConfig, Science, part
+from tinyllama_lab.core.card import Facts, trial_card
 from tinyllama_lab.core.context import WorkerContext
 from tinyllama_lab.core.dataset.dataset import DataCache, Example, Prepared, check_room
+from tinyllama_lab.core.dataset.prompts import PromptFormat
 from tinyllama_lab.core.engines.base import Adapter
 from tinyllama_lab.core.evaluation import latency
 from tinyllama_lab.core.evaluation.run import Subject, write_eval_table
@@ -32,7 +34,7 @@ from tinyllama_lab.errors import (
 from tinyllama_lab.metrics import HELDOUT_LOSS, MIB
 from tinyllama_lab.study.evaluations import facts_of_rows
 from tinyllama_lab.study.events import EventLog, read_events
-from tinyllama_lab.study.files import atomic_folder
+from tinyllama_lab.study.files import atomic_folder, share_equal, write_atomic
 from tinyllama_lab.study.pack import Task
 from tinyllama_lab.study.trial import EVAL, Result, State, TrialFolder
 
@@ -150,7 +152,7 @@ class Attempt:
             **self._context.model_facts(self.science.model),
             "trainable_params": trainer.adapter.trainable_params,
         }
-        _save_adapter(trainer.adapter, self.trial)
+        self._save_adapter(trainer.adapter)
         weights = self.trial.weights_file
         self.result.metrics |= {
             "train/loss": progress.losses[-1],
@@ -164,6 +166,21 @@ class Attempt:
         self.result.data["train_rows_seen"] = trainer.rows_seen
         self.seconds += progress.seconds
         self._losses = progress.losses
+
+    def _save_adapter(self, adapter: Adapter) -> None:
+        """Save the adapter's folder atomically: a killed worker leaves all of it or nothing.
+
+        It holds the tokenizer too. Evaluations of an earlier adapter are removed.
+        """
+        trial, context = self.trial, self._context
+        # first, so that no kill leaves old scores with a new adapter
+        shutil.rmtree(trial.eval_dir, ignore_errors=True)
+        with atomic_folder(trial.adapter_dir) as temporary:
+            adapter.save(temporary)
+            PromptFormat(context.base.tokenizer, self.science.data).save_tokenizer(temporary)
+            if context.saved_adapter_dir is not None:
+                share_equal(temporary, context.saved_adapter_dir)
+        context.saved_adapter_dir = trial.adapter_dir
 
     def _tflop(self, trainer: AdapterTrainer) -> float:
         """Return the computed (not measured) TFLOPs of the trial's own training tokens.
@@ -214,7 +231,11 @@ class Attempt:
             self.result.evaluation = self.evaluation.key
             plot_loss_curve(self.trial, self._losses, metrics[HELDOUT_LOSS])
             trial, eval_files = self.trial, self.evaluation.folder.glob("[!.]*")
-            files = [*trial.adapter_dir.glob("*"), *eval_files, trial.loss_curve_file]
+            card = trial_card(Facts.of(trial, self.result, self._context.base.end_ids))
+            write_atomic(trial.card_file, card.text())
+            # what only training can make; tokenizer and card can be written again, and edited
+            adapter_files = (trial.adapter_config_file, trial.weights_file)
+            files = [*adapter_files, *eval_files, trial.loss_curve_file]
             self.result.list_files(trial, files)
         self._end()
 
@@ -361,17 +382,6 @@ def classify(error: Exception) -> tuple[State, dict[str, str]]:
     text = "; ".join(error.problems) if isinstance(error, LabError) else str(error)
     message = " ".join(text.split())[:500] or type(error).__name__
     return state, {"class": name, "message": message, "log_tail": "\n".join(tail)}
-
-
-def _save_adapter(adapter: Adapter, trial: TrialFolder) -> None:
-    """Save the adapter's folder atomically: a killed worker leaves all of it or nothing.
-
-    Evaluations of an earlier adapter are removed.
-    """
-    # first, so that no kill leaves old scores with a new adapter
-    shutil.rmtree(trial.eval_dir, ignore_errors=True)
-    with atomic_folder(trial.adapter_dir) as temporary:
-        adapter.save(temporary)
 
 
 def plot_loss_curve(trial: TrialFolder, losses: Sequence[float], heldout_loss: float) -> None:

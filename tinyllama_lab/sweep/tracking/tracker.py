@@ -19,7 +19,7 @@ from filelock import FileLock
 from tinyllama_lab.config.axes import show
 from tinyllama_lab.config.schema import TrackingConfig
 from tinyllama_lab.study.exports import Exports
-from tinyllama_lab.study.files import publish
+from tinyllama_lab.study.files import SHARED_BYTES, publish
 from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.study.trial import Result, State, TrialFolder, canonical_json
 from tinyllama_lab.sweep.tracking.mirror import FollowedTrial, Mirror, NullTracker, Tracker
@@ -197,9 +197,13 @@ class _MlflowStore:
             self._client.log_batch(run_id, metrics=metrics[first : first + _BATCH])
 
     def log_files(self, run_id: str, trial: TrialFolder, result: Result) -> None:
-        for folder, artifact_path in ((trial.adapter_dir, "adapter"), (trial.eval_dir, "eval")):
-            if folder.is_dir():
-                self._client.log_artifacts(run_id, str(folder), artifact_path)
+        if trial.eval_dir.is_dir():
+            self._client.log_artifacts(run_id, str(trial.eval_dir), "eval")
+        for file in trial.adapter_dir.glob("*"):
+            # all adapters share the large files of one tokenizer, which MLflow would copy for each
+            is_own = file == trial.weights_file or file.stat().st_size < SHARED_BYTES
+            if is_own and file.is_file():
+                self._client.log_artifact(run_id, str(file), "adapter")
         measured = Exports(trial.deploy_dir).measured_file
         for file in (trial.config_file, trial.loss_curve_file, trial.result_file, measured):
             if file.is_file():

@@ -1,0 +1,319 @@
+"""`doctor`: every check finds what it is for, on a machine where that is really so."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import webbrowser
+from collections.abc import Iterable
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import grid
+from tinyllama_lab.config.schema import Config, TrackingConfig, load
+from tinyllama_lab.sweep.check import composed
+from tinyllama_lab.sweep.doctor import machine, places
+from tinyllama_lab.sweep.doctor.finding import Finding, Level
+
+ROOT = Path(__file__).parents[2]
+ANSWER: dict[str, Any] = {
+    "torch": "2.13.0",
+    "device": "cpu",
+    "gpus": [],
+    "has_mps": False,
+    "threads": 2,
+    "has_openmp": True,
+    "has_fast_bf16": False,
+    "bf16": "",
+    "nf4": "",
+    "int8": "",
+    "loops": "",
+}
+
+
+def config(*overrides: str) -> Config:
+    return load(composed([*grid.SMALL, *overrides]).raw)
+
+
+def lines(findings: Iterable[Finding]) -> dict[str, Finding]:
+    return {finding.topic: finding for finding in findings}
+
+
+def is_root() -> bool:
+    return os.geteuid() == 0
+
+
+@pytest.mark.slow
+def test_doctor_checks_a_command_and_trains_nothing(tmp_path: Path) -> None:
+    (tmp_path / "mlruns").write_text("a file in the way")
+    command = [sys.executable, "-m", "tinyllama_lab", "doctor", "model=tiny_random", "quant=nf4"]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_OFFLINE": "1",
+        "HF_TOKEN": "hf_x",
+    }
+    environment |= {"HF_HOME": str(tmp_path / "hf"), "CXX": "none"}
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 1 and ended.stderr == ""
+    found = {line.split()[1]: line.split()[0] for line in ended.stdout.splitlines()[:-1]}
+    assert found.pop("database") == "problem"
+    assert found.pop("compiler") == "warning"
+    assert "problem" not in found.values()
+    assert {"python", "packages", "files", "disk", "cache", "hub", "token", "model", "data"} < set(
+        found
+    )
+    assert {"cpu", "memory", "gpu", "bf16", "nf4", "int8", "browser", "load"} < set(found)
+    assert "CXX=none turns the loops in C++ off" in ended.stdout
+    assert "hf_x" not in ended.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["mlruns"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["quant=nf5"], "nf5"),
+        (["data.m=3"], "data.m is not a setting"),
+        (["--json"], "doctor takes only settings, got --json"),
+    ],
+)
+def test_a_wrong_setting_is_refused_as_in_a_sweep(words: list[str], message: str) -> None:
+    from tinyllama_lab.errors import ConfigError
+    from tinyllama_lab.sweep.doctor.command import doctor
+
+    with pytest.raises(ConfigError, match=message):
+        doctor(words)
+
+
+def test_versions_are_compared_with_what_the_package_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "picky-1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: picky\nVersion: 1.0\nRequires-Python: >=3.99\n"
+        "Requires-Dist: numpy>=999\nRequires-Dist: no-such-package\nRequires-Dist: rich\n"
+        'Requires-Dist: also-not-here; extra == "dev"\n'
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    python, numpy, missing = machine.packages("picky")
+    assert {each.level for each in (python, numpy, missing)} == {Level.PROBLEM}
+    assert "must be >=3.99, got 3." in python.text
+    assert re.fullmatch(
+        r'numpy must be >=999, got \S+; type: pip install "numpy>=999"', numpy.text
+    )
+    assert missing.text.startswith("no-such-package must be") and "got none" in missing.text
+    (unknown,) = machine.packages("not-installed")
+    assert unknown.level is Level.WARNING
+
+
+def test_what_pytorch_cannot_do_is_a_problem_where_the_command_needs_it() -> None:
+    broken = {**ANSWER, "nf4": "ImportError: no kernel", "bf16": "RuntimeError: no bf16"}
+    plain = lines(machine.devices(broken, config()))
+    assert plain["nf4"].level is Level.WARNING and plain["bf16"].level is Level.WARNING
+    needed = lines(machine.devices(broken, config("quant=nf4", "train.precision=bf16")))
+    assert needed["nf4"].level is Level.PROBLEM and "no kernel" in needed["nf4"].text
+    assert "set quant=none" in needed["nf4"].text
+    assert needed["bf16"].level is Level.PROBLEM
+    assert lines(machine.devices(broken, config("quant=fp4")))["nf4"].level is Level.PROBLEM
+    gpu = lines(machine.devices(ANSWER, config("hardware.device=cuda")))["gpu"]
+    assert gpu.level is Level.PROBLEM and "set hardware.device=auto" in gpu.text
+    cards = [{"name": "H100", "memory_mib": 81_000}]
+    gpu = lines(machine.devices({**ANSWER, "gpus": cards, "device": "cuda"}, config()))["gpu"]
+    assert (gpu.level, gpu.text) == (Level.OK, "H100 (81,000 MiB)")
+    assert lines(machine.devices({**ANSWER, "has_openmp": False}, config()))["openmp"]
+    (torch,) = machine.devices("ImportError: libtorch.so", config())
+    assert torch.level is Level.PROBLEM and "libtorch.so" in torch.text
+
+
+def test_a_machine_without_a_compiler_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    answer = machine.Probe().answer()
+    assert isinstance(answer, dict), answer
+    compiler = lines(machine.devices(answer, config()))["compiler"]
+    assert compiler.level is Level.WARNING
+    assert "c++ is not a C++ compiler of this machine; install g++" in compiler.text
+    assert answer["bf16"] == "" and answer["threads"] >= 1
+
+
+def test_a_broken_pytorch_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('libtorch_cpu.so: not found')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    answer = machine.Probe().answer()
+    assert answer == "ImportError: libtorch_cpu.so: not found"
+
+
+def test_busy_cores_are_a_warning() -> None:
+    assert machine.load(4, 0.3).level is Level.OK
+    busy = machine.load(4, 3.5)
+    assert busy.level is Level.WARNING and "3.5 of 4 cores were busy" in busy.text
+
+
+def test_a_machine_without_a_browser_says_how_to_see_the_pages(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(webbrowser, "_tryorder", [])
+    assert machine.browser().level is Level.WARNING
+    assert "http://127.0.0.1:5000, from elsewhere after ssh -L" in machine.browser().text
+    program = tmp_path / "fox"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(webbrowser, "_tryorder", [f"{program} %s"])
+    assert machine.browser().level is Level.OK
+
+
+# ---- folders and file systems ----------------------------------------------------------------
+
+
+def test_a_good_file_system_is_ok_and_nothing_is_left(tmp_path: Path) -> None:
+    found = list(places.file_system(tmp_path / "sweeps" / "not yet"))
+    assert [finding.level for finding in found] == [Level.OK]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_to_is_a_problem(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    (disk,) = places.disk(tmp_path / "file" / "sweeps", "sweeps_dir=file/sweeps")
+    assert disk.level is Level.PROBLEM
+    assert disk.text.startswith("sweeps_dir=file/sweeps must be a folder that can be written to")
+    if is_root():
+        pytest.skip("root may write anywhere")
+    tmp_path.chmod(0o500)
+    try:
+        (files,) = places.file_system(tmp_path)
+        assert files.level is Level.PROBLEM and "cannot be written to" in files.text
+    finally:
+        tmp_path.chmod(0o700)
+
+
+def test_a_file_system_without_its_guarantees_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise OSError(95, "Operation not supported")
+
+    for module, name, level, text in (
+        (fcntl, "flock", Level.PROBLEM, "a file cannot be locked (Operation not supported)"),
+        (os, "fsync", Level.PROBLEM, "cannot be flushed and then replace another"),
+        (os, "replace", Level.PROBLEM, "cannot be flushed and then replace another"),
+        (os, "link", Level.WARNING, "no hard links"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, refuse)
+            first, *_ = places.file_system(tmp_path)
+        assert (first.level, text in first.text) == (level, True), first
+    with monkeypatch.context() as patch:  # a lock that this process alone believes in
+        patch.setattr(fcntl, "flock", lambda *arguments: None)
+        (files,) = places.file_system(tmp_path)
+    assert "a lock does not keep out a second process" in files.text
+
+
+def test_little_space_is_a_warning_and_too_little_a_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for free, level in ((50, Level.PROBLEM), (500, Level.WARNING), (9000, Level.OK)):
+        monkeypatch.setattr(places, "free_mib", lambda folder, free=free: free)
+        (disk,) = places.disk(tmp_path, "sweeps_dir=x")
+        assert disk.level is level
+    monkeypatch.setattr(places, "free_mib", lambda folder: None)
+    assert "unknown" in next(places.disk(tmp_path, "sweeps_dir=x")).text
+
+
+# ---- services --------------------------------------------------------------------------------
+
+
+def tracking(uri: str | None = None) -> TrackingConfig:
+    return TrackingConfig(enabled=True, uri=uri, folder="mlruns")
+
+
+def test_a_database_is_writable_locked_or_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert "will be made" in places.database(tracking(), tmp_path).text
+    file = tmp_path / "mlruns" / "mlflow.db"
+    file.parent.mkdir()
+    with sqlite3.connect(file) as connection:
+        connection.execute("CREATE TABLE runs (id)")
+    assert places.database(tracking(), tmp_path).level is Level.OK
+    other = sqlite3.connect(file, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    locked = places.database(tracking(), tmp_path)
+    other.close()
+    assert locked.level is Level.PROBLEM and "database is locked; end the program" in locked.text
+    file.write_text("no database at all, but long enough for a header of a database" * 9)
+    damaged = places.database(tracking(), tmp_path)
+    assert damaged.level is Level.PROBLEM and "file is not a database" in damaged.text
+
+
+def test_a_server_that_does_not_answer_is_a_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    server = HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
+    uri = f"http://me:secret@127.0.0.1:{server.server_port}"
+    assert places.database(tracking(uri), tmp_path).level is Level.OK
+    server.server_close()
+    refused = places.database(tracking(uri), tmp_path)
+    assert refused.level is Level.PROBLEM and "Connection refused" in refused.text
+    assert "secret" not in refused.text
+
+
+def test_the_hub_is_reachable_or_the_cache_alone_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        threading.Thread(target=listening.accept, daemon=True).start()
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        found = lines(places.hub_access())
+    assert [finding.level for finding in found.values()] == [Level.OK] * 3
+    assert found["hub"].text == f"{address} answers" and found["token"].text == "there is one"
+    found = lines(places.hub_access())
+    assert found["hub"].level is Level.WARNING and "Connection refused" in found["hub"].text
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "hf").write_text("a file in the way")
+    found = lines(places.hub_access())
+    assert found["hub"].level is Level.OK and "only what is in the cache" in found["hub"].text
+    assert found["cache"].level is Level.PROBLEM and "set HF_HOME=" in found["cache"].text
+
+
+def test_model_and_data_are_here_or_the_line_says_how_to_get_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    here = lines(places.model_and_data([config(), config("lora.r=3")]))
+    assert {finding.level for finding in here.values()} == {Level.OK}
+    wanted = config("model=tinyllama", "data=file", f"data.path={tmp_path}/none.jsonl")
+    gone = lines(places.model_and_data([wanted]))
+    assert {finding.level for finding in gone.values()} == {Level.PROBLEM}
+    assert "HF_HUB_OFFLINE forbids connections" in gone["model"].text
+    assert "none.jsonl" in gone["data"].text
+    # known to the cache by its branch, but not downloaded
+    commit = "0123456789" * 4
+    repo = tmp_path / "hf" / "hub" / "models--o--m"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(places, "model_identity", lambda model: commit)
+    to_load = lines(places.model_and_data([config("model=hub", "model.repo=o/m")]))["model"]
+    assert (to_load.level, to_load.text) == (
+        Level.OK,
+        "hub: o/m is downloaded at the first use",
+    )

@@ -1,0 +1,241 @@
+"""Checks of folders, file systems, the database, the hub, and of the model and data there."""
+
+from __future__ import annotations
+
+import fcntl
+import socket
+import sqlite3
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from tinyllama_lab.config.schema import Config, TrackingConfig
+from tinyllama_lab.data import hub, hub_requests
+from tinyllama_lab.data.snapshots import Kind
+from tinyllama_lab.errors import LabError
+from tinyllama_lab.study.files import free_mib, publish, write_problem
+from tinyllama_lab.sweep.doctor.finding import Finding, ok, problem, warning
+from tinyllama_lab.sweep.run import NEEDED_FREE_MIB
+from tinyllama_lab.sweep.settings.identify import data_identity, model_identity
+from tinyllama_lab.sweep.tracking.record import sqlite_file, tracking_uri, without_password
+
+_LITTLE_MIB = 2048  # of free disk space
+_TIMEOUT_S = 3
+_TRY_LOCK = (
+    "import fcntl, sys\n"
+    "try: fcntl.flock(open(sys.argv[1], 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)\n"
+    "except OSError: sys.exit(7)\n"
+)
+_IS_LOCKED = 7  # exit status of the script
+
+
+def disk(folder: Path, setting: str) -> Iterator[Finding]:
+    """Check that a folder can be written to, and its free space.
+
+    Args:
+        folder: it may not exist yet.
+        setting: what names the folder, for messages.
+    """
+    if text := write_problem(folder):
+        yield problem("disk", f"{setting} must be a folder that can be written to, but {text}")
+        return
+    free = free_mib(folder)
+    if free is None:
+        yield warning("disk", f"the free space at {setting} is unknown")
+    elif free < NEEDED_FREE_MIB:
+        yield problem(
+            "disk", f"{setting} needs {NEEDED_FREE_MIB} MiB, got {free}; free some, or move it"
+        )
+    elif free < _LITTLE_MIB:
+        yield warning("disk", f"{free:,} MiB free at {setting}: enough for small sweeps alone")
+    else:
+        yield ok("disk", f"{free:,} MiB free at {setting}")
+
+
+def file_system(folder: Path) -> Iterator[Finding]:
+    """Try what a sweep needs of a file system, in a temporary folder.
+
+    Args:
+        folder: of the studies; if it does not exist yet, its nearest parent is used.
+    """
+    parent = next(path for path in (folder, *folder.parents) if path.is_dir())
+    remedy = "set sweeps_dir to a local disk"
+    try:
+        with tempfile.TemporaryDirectory(prefix=".doctor-", dir=parent) as name:
+            here = Path(name)
+            failures = [text for check in _NEEDED if (text := check(here))]
+            notes = [text for check in _WANTED if (text := check(here))]
+    except OSError as error:
+        yield problem("files", f"{parent} cannot be written to ({error.strerror}); {remedy}")
+        return
+    yield from (problem("files", f"{text} at {parent}; {remedy}") for text in failures)
+    yield from (warning("files", f"{text} at {parent}") for text in notes)
+    if not failures:
+        yield ok("files", "files are replaced at once, flushed to disk, and locked")
+
+
+def _replaces(folder: Path) -> str:
+    old, new = folder.joinpath("old"), folder.joinpath("new")
+    old.write_text("old")
+    new.write_text("new")
+    try:
+        publish(new, old)  # the way in which every file of a study is replaced, flushed first
+    except OSError as error:
+        return f"a file cannot be flushed and then replace another ({error.strerror})"
+    return "" if old.read_text() == "new" and not new.exists() else "a renamed file is not there"
+
+
+def _locks(folder: Path) -> str:
+    path = folder.joinpath("lock")
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            return f"a file cannot be locked ({error.strerror})"
+        tried = subprocess.run([sys.executable, "-S", "-c", _TRY_LOCK, str(path)])
+    return "" if tried.returncode == _IS_LOCKED else "a lock does not keep out a second process"
+
+
+def _links(folder: Path) -> str:
+    source = folder.joinpath("source")
+    source.write_text("x")
+    try:
+        folder.joinpath("link").hardlink_to(source)
+    except OSError:
+        return "no hard links, so every adapter takes a copy of its tokenizer"
+    return ""
+
+
+def _tells_case(folder: Path) -> str:
+    folder.joinpath("Case").write_text("x")
+    is_same = folder.joinpath("case").exists()
+    return "names do not differ by case, so give studies names that differ otherwise" * is_same
+
+
+_NEEDED = (_replaces, _locks)
+_WANTED = (_links, _tells_case)
+
+
+def database(tracking: TrackingConfig, workdir: Path) -> Finding:
+    """Check that runs can be recorded in MLflow's store."""
+    if not tracking.enabled:
+        return ok("database", "tracking=none: no runs are recorded in MLflow")
+    uri = tracking_uri(tracking, workdir)
+    file, other = sqlite_file(uri), "or set tracking=none"
+    if file is None:
+        return _server(uri)
+    file = workdir / file
+    if text := write_problem(file.parent):
+        return problem("database", f"{file} must be writable, but {text}; correct it, {other}")
+    if not file.exists():
+        return ok("database", f"{file} will be made")
+    try:
+        connection = sqlite3.connect(file, timeout=1)
+        try:
+            connection.execute("BEGIN IMMEDIATE")  # takes the lock of a writer
+            connection.rollback()
+        finally:
+            connection.close()
+    except sqlite3.Error as error:
+        return problem(
+            "database",
+            f"{file} must be a SQLite database that can be written to, got: {error}; end the "
+            f"program that uses it, set tracking.folder=/another/folder, {other}",
+        )
+    return ok("database", f"{file} can be written to")
+
+
+def _server(uri: str) -> Finding:
+    url = urlsplit(uri)
+    shown = without_password(uri)
+    if url.scheme not in ("http", "https"):
+        return ok("database", f"{shown} (not asked)")
+    port = url.port or (443 if url.scheme == "https" else 80)
+    try:
+        socket.create_connection((url.hostname or "", port), _TIMEOUT_S).close()
+    except OSError as error:
+        return problem(
+            "database",
+            f"the MLflow server {shown} must answer, got: {error}; start it, correct "
+            "tracking.uri or MLFLOW_TRACKING_URI, or set tracking=none",
+        )
+    return ok("database", f"the MLflow server {shown} answers")
+
+
+def hub_access() -> Iterator[Finding]:
+    """Check the cache of the hub, the connection to it, and whether there is a token."""
+    cache = hub.cache_folder()
+    if text := write_problem(cache):
+        yield problem(
+            "cache", f"{cache} must be writable, but {text}; set HF_HOME=/another/folder"
+        )
+    else:
+        free = free_mib(cache)
+        text = f"{cache}, {'unknown' if free is None else f'{free:,}'} MiB free"
+        is_short = free is not None and free < _LITTLE_MIB
+        yield (
+            warning("cache", f"{text}; set HF_HOME=/a/larger/disk")
+            if is_short
+            else ok("cache", text)
+        )
+    endpoint = hub_requests.endpoint()
+    if hub.is_offline():
+        yield ok("hub", "HF_HUB_OFFLINE: only what is in the cache is used")
+    elif reason := _unreachable(endpoint):
+        yield warning(
+            "hub",
+            f"{endpoint} does not answer ({reason}): only what is in the cache can be used; "
+            "check the network, HTTPS_PROXY and HF_ENDPOINT",
+        )
+    else:
+        yield ok("hub", f"{endpoint} answers")
+    from huggingface_hub import get_token
+
+    text = "there is one" if get_token() else "none, which public repositories do not need"
+    yield ok("token", text)
+
+
+def _unreachable(endpoint: str) -> str:
+    """Return why the hub, or the proxy to it, takes no connection; empty if it does."""
+    proxy = hub_requests.proxy()
+    url = urlsplit(proxy.address if proxy else endpoint)
+    port = url.port or (80 if url.scheme == "http" else 443)
+    try:
+        socket.create_connection((url.hostname or "", port), _TIMEOUT_S).close()
+    except (OSError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+def model_and_data(configs: Sequence[Config]) -> Iterator[Finding]:
+    """Say of every model and data set of a command whether it is here."""
+    seen: set[str] = set()
+    for config in configs:
+        model, data = config.model, config.data
+        if (key := str(model)) not in seen:
+            seen.add(key)
+            try:
+                identity = model_identity(model)
+            except LabError as error:
+                yield problem("model", str(error))
+            else:
+                repo = model.repo if hub.is_commit(identity) else None
+                yield _found("model", model.name, repo, identity)
+        if (key := str(data)) not in seen:
+            seen.add(key)
+            try:
+                identity = data_identity(data)
+            except LabError as error:
+                yield problem("data", str(error))
+            else:
+                yield _found("data", data.name, data.repo, identity)
+
+
+def _found(topic: str, name: str, repo: str | None, identity: str) -> Finding:
+    kind: Kind = "model" if topic == "model" else "dataset"
+    if repo and hub.cached_snapshot(repo, identity, kind) is None:
+        return ok(topic, f"{name}: {repo} is downloaded at the first use")
+    return ok(topic, f"{name} is here" + (f", as {repo}" if repo else ""))
