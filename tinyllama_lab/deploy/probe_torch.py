@@ -61,8 +61,8 @@ def measure_torch(task: Task) -> Measured:
 
 def _load(task: Task, science: Science) -> Base:
     model, quant = science.model, science.quant
-    if task.form == "merged":
-        model = replace(model, source="local", path=task.path, name="merged")
+    if task.paths:
+        model = replace(model, source="local", path=task.paths[0], name=task.form)
         quant = replace(quant, kind="none", double=False)
     return load_base(model, quant, science.train.precision, task.device)
 
