@@ -121,7 +121,7 @@ def test_other_architectures_are_refused_by_name(tmp_path: Path) -> None:
     assert not (tmp_path / "m.gguf").exists()
 
 
-@pytest.mark.parametrize("name", ["without merges", "Llama 3", "TinyLlama", "LlamaTokenizer"])
+@pytest.mark.parametrize("name", ["without merges", "Llama 3", "TinyLlama"])
 def test_llama_cpp_reads_texts_and_computes_logits_as_transformers(
     tmp_path: Path, name: str
 ) -> None:

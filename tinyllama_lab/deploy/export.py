@@ -6,7 +6,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from gguf import LlamaFileType
@@ -15,7 +15,12 @@ from transformers import AutoConfig
 from tinyllama_lab.config.schema import Science, part
 from tinyllama_lab.core.models.loading import TRUSTED_FILES, model_folder, read_tokenizer
 from tinyllama_lab.deploy.forms import LORA, MERGED, ORIGINAL
-from tinyllama_lab.deploy.gguf_export import FILE_TYPES, check_architecture, write_gguf
+from tinyllama_lab.deploy.gguf_export import (
+    FILE_TYPES,
+    check_architecture,
+    weights_by_type,
+    write_gguf,
+)
 from tinyllama_lab.deploy.gguf_lora import check_adapter, write_lora
 from tinyllama_lab.deploy.llama_cpp import check_installed, quantize_file
 from tinyllama_lab.deploy.measure import Row, measure_forms
@@ -74,11 +79,11 @@ def export_gguf(selection: Selection, wanted: Wanted, say: Say) -> list[Path]:
         export_merged(trial, exports.merged_dir, "dequantized", wanted.force)
     for kind in models:
         say(f"writing {exports.gguf_file(kind).name}")
-        _write_model(exports.merged_dir, exports.gguf_file(kind), kind)
+        _write_model(exports.merged_dir, exports.gguf_file(kind), kind, say)
     base = []
     if LORA in wanted.kinds:
         base = [_base_file(selection, wanted.base_kind)]
-        _export_lora(selection, wanted.base_kind, say)
+        _export_lora(selection, wanted, say)
     last = _file(exports, wanted.kinds[-1])
     lines = [f"FROM ./{last.name}"]
     if last == exports.lora_file:
@@ -108,7 +113,7 @@ def _file(exports: Exports, kind: str) -> Path:
     return exports.lora_file if kind == LORA else exports.gguf_file(kind)
 
 
-def _write_model(model: Path, target: Path, kind: str) -> None:
+def _write_model(model: Path, target: Path, kind: str, say: Say) -> None:
     """Write the model of a folder to a GGUF file of a kind."""
     with _published(target) as written:
         if kind in FILE_TYPES:
@@ -117,19 +122,22 @@ def _write_model(model: Path, target: Path, kind: str) -> None:
         exact = written.with_name("exact.gguf")
         write_gguf(model, exact, "f16")
         quantize_file(exact, written, QUANTIZED[kind])
+        # llama.cpp takes other types where rows are no multiple of a block
+        say(f"{target.name}: {weights_by_type(written)}")
 
 
-def _export_lora(selection: Selection, base_kind: str, say: Say) -> None:
+def _export_lora(selection: Selection, wanted: Wanted, say: Say) -> None:
     """Write the adapter alone, and its base if that is not there yet."""
     trial = selection.trial.row.trial
     science: Science = part(Science, trial.read_config())
-    target, base = Exports(trial.deploy_dir).lora_file, _base_file(selection, base_kind)
-    if not base.exists():
+    kind = wanted.base_kind
+    target, base = Exports(trial.deploy_dir).lora_file, _base_file(selection, kind)
+    if wanted.force or not base.exists():
         say(f"writing {base.name}")
         base.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=base.parent) as folder:
             save_base(trial, Path(folder))
-            _write_model(Path(folder), base, base_kind)
+            _write_model(Path(folder), base, kind, say)
     say(f"writing {target.name}")
     config = AutoConfig.from_pretrained(model_folder(science.model), **TRUSTED_FILES)
     with _published(target) as written:
@@ -191,7 +199,7 @@ def deploy(selection: Selection, wanted: Wanted, device: str, say: Say) -> list[
         forms[LORA].insert(0, _base_file(selection, wanted.base_kind))
     missing = [k for k in wanted.kinds if wanted.force or not all(f.exists() for f in forms[k])]
     if missing:
-        export_gguf(selection, Wanted(missing, wanted.base_kind, True), say)
+        export_gguf(selection, replace(wanted, kinds=missing), say)
     rows = measure_forms(trial, forms, device, lambda form: say(f"measuring {form}"))
     record = [asdict(row) for row in rows]
     write_atomic(exports.measured_file, json.dumps(record, indent=2) + "\n")

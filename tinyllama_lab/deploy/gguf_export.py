@@ -5,6 +5,7 @@ The names of metadata and tensors are those that llama.cpp reads for its archite
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from gguf import (
     GGML_QUANT_VERSION,
     GGMLQuantizationType,
+    GGUFReader,
     GGUFWriter,
     LlamaFileType,
     RopeScalingType,
@@ -85,6 +87,15 @@ def write_gguf(model: Path, file: Path, kind: str) -> None:
             stored = _stored_as(name, weights.shape(name), FILE_TYPES[kind])
             writer.write_tensor_data(quantize(weights.read(name), stored))
     writer.close()
+
+
+def weights_by_type(file: Path) -> str:
+    """Return which shares of a file's weights are stored in which type: `57 % q5_0, 43 % q8_0`."""
+    counts: Counter[str] = Counter()
+    for tensor in GGUFReader(file).tensors:
+        counts[tensor.tensor_type.name.lower()] += int(tensor.n_elements)
+    shares = ((100 * count / counts.total(), name) for name, count in counts.most_common())
+    return ", ".join(f"{share:.0f} % {name}" for share, name in shares if share >= 0.5)
 
 
 def check_architecture(config: Any) -> None:

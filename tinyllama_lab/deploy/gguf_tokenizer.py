@@ -101,8 +101,8 @@ def _split_name(content: dict[str, Any]) -> str:
     key = tuple(
         each["pattern"].get("Regex") if each["type"] == "Split" else each["type"] for each in steps
     )
-    merges = ("".join(m) for m in content["model"]["merges"])
-    if key == ("ByteLevel",) and not any(character.isdigit() for m in merges for character in m):
+    merged = {character for m in content["model"]["merges"] for character in "".join(m)}
+    if key == ("ByteLevel",) and not merged & set("0123456789"):
         # digits are never joined: the same tokens, and llama.cpp removes the space before a
         # punctuation mark from the texts of `gpt-2`
         key = ("Digits", "ByteLevel")
