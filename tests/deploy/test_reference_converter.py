@@ -50,6 +50,10 @@ START = {  # the template holds what a prompt begins with, and the reference wou
 SCORES = {  # the reference gives all tokens one score, with which llama.cpp merges in wrong order
     "tokenizer.ggml.scores",
     "tokenizer.ggml.add_space_prefix",  # the reference leaves it out, which means true
+    "tokenizer.ggml.add_sep_token",  # written by the reference alone, as false
+    "tokenizer.ggml.padding_token_id",  # of the model's settings; this tokenizer has none
+    "tokenizer.ggml.tokens",  # the reference leaves out rows without a token
+    "tokenizer.ggml.token_type",  # compared below
 }
 ADAPTER = {  # facts about training; the base's architecture is the only one that counts
     *NAMES,
@@ -114,6 +118,13 @@ def test_a_model_with_a_tokenizer_with_byte_fallback(tmp_path: Path) -> None:
     arguments = ("--outfile", tmp_path / "theirs.gguf", "--outtype", "f16")
     convert("convert_hf_to_gguf.py", tmp_path / "model", *arguments)
     check_same(tmp_path / "ours.gguf", tmp_path / "theirs.gguf", NAMES | START | SCORES)
+    ours, theirs = (GGUFReader(tmp_path / name) for name in ("ours.gguf", "theirs.gguf"))
+    tokens = value(theirs, "tokenizer.ggml.tokens")
+    assert value(ours, "tokenizer.ggml.tokens")[: len(tokens)] == tokens
+    types = [value(each, "tokenizer.ggml.token_type")[: len(tokens)] for each in (ours, theirs)]
+    unknown = tokens.index("<unk>")  # unknown here, and a control token in the reference
+    assert types[0][unknown] == 2 and types[1][unknown] == 3
+    assert types[0][unknown + 1 :] == types[1][unknown + 1 :]
 
 
 @pytest.mark.parametrize("scale", SCALES)

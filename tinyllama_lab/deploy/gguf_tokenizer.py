@@ -72,12 +72,11 @@ def _tokens(content: dict[str, Any], size: int) -> tuple[list[str], list[TokenTy
     def kind(number: int) -> TokenType:
         if number not in texts:
             return TokenType.UNUSED
+        if content["model"].get("byte_fallback") and texts[number].startswith("<0x"):
+            return TokenType.BYTE  # also where a tokenizer lists them as special
         if number in added and texts[number] != unknown:
             return TokenType.CONTROL if added[number]["special"] else TokenType.USER_DEFINED
-        if texts[number] == unknown:
-            return TokenType.UNKNOWN
-        is_byte = content["model"].get("byte_fallback") and texts[number].startswith("<0x")
-        return TokenType.BYTE if is_byte else TokenType.NORMAL
+        return TokenType.UNKNOWN if texts[number] == unknown else TokenType.NORMAL
 
     return [texts.get(n, f"[PAD{n}]") for n in range(size)], [kind(n) for n in range(size)]
 
