@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -91,14 +92,14 @@ def test_merge_and_gguf_write_what_transformers_and_llama_cpp_read(
         (["chat", "temperature=hot"], "temperature must be a number from 0, got 'hot'"),
         (["chat", "temperature=nan"], "temperature must be a number from 0, got 'nan'"),
         (["chat", "types=f16"], "this command takes .*got 'types=f16'"),
-        (["gguf", "types=q3"], "types must be of f16, q8_0, q4_0, got 'q3'"),
+        (["gguf", "types=q3"], "types must be of f16, q8_0, q4_0, q4_k_m, lora, got 'q3'"),
+        (["gguf", "base=lora"], "base must be f16 or q8_0 or q4_0 or q4_k_m, got 'lora'"),
         (["gguf", "types="], "types must name a type of GGUF file"),
         (["merge", "into=4bit"], "into must be dequantized or original, got '4bit'"),
         (["merge", "force=yes"], "force must be true or false, got 'yes'"),
         (["chat", "temperature=inf"], "temperature must be a number from 0, got 'inf'"),
         (["chat", "device=tpu", "--once", "x"], "device must be one of auto, cpu, cuda"),
         (["merge", "device=cpu"], "this command takes .*got 'device=cpu'"),
-        (["merge", "into=original"], "set to=<folder>"),
         (["talk"], "this command takes .*got 'talk'"),
     ],
 )
@@ -118,13 +119,52 @@ def test_without_llama_cpp_nothing_is_begun_that_needs_it(
     assert not any(study.trials_dir.glob("*/deploy"))
 
 
+def test_without_llama_cpp_only_types_of_its_own_quantizer_are_refused(
+    study: StudyFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tinyllama_lab.deploy.llama_cpp.find_spec", lambda name: None)
+    problem = "installed to write q4_k_m.*pip install.*choose of f16, q8_0, q4_0"
+    for arguments in (["types=f16,q4_k_m"], ["types=lora", "base=q4_k_m"]):
+        with pytest.raises(ModelError, match=problem):
+            run(study, "gguf", "trial=r=4", *arguments)
+    assert not any(study.trials_dir.glob("*/deploy")) and not study.deploy_dir.exists()
+
+
+def test_adapters_alone_share_one_file_of_their_base(
+    study: StudyFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(study, "gguf", "trial=r=2", "types=lora")
+    (base,) = study.deploy_dir.glob("*.gguf")
+    written = base.stat().st_mtime_ns
+    capsys.readouterr()
+    run(study, "gguf", "trial=r=4", "types=lora")
+    assert [path.stat().st_mtime_ns for path in study.deploy_dir.glob("*.gguf")] == [written]
+    paths = [line.removeprefix("written: ") for line in capsys.readouterr().out.splitlines()]
+    adapter, shared, modelfile = map(Path, paths)
+    assert shared == base
+    assert GGUFReader(adapter).fields["adapter.type"].contents() == "lora"
+    assert modelfile.read_text().splitlines()[:2] == [
+        f"FROM {base.resolve()}",
+        "ADAPTER ./adapter.gguf",
+    ]
+    with pytest.raises(StudyError, match="adapter.gguf exists; set force=true"):
+        run(study, "gguf", "trial=r=4", "types=lora")
+    for folder in (study.deploy_dir, *study.trials_dir.glob("*/deploy")):
+        shutil.rmtree(folder)
+
+
 def test_forms_are_measured_beside_the_adapter_as_trained(
     study: StudyFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main([f"sweeps_dir={study.root}", "study=tiny", "trial=r=4", "types=", "device=cpu"])
+    kinds = ["f16", "q4_k_m", "lora"] if find_spec("llama_cpp") else []
+    typed = ["study=tiny", "trial=r=4", f"types={','.join(kinds)}", "device=cpu"]
+    main([f"sweeps_dir={study.root}", *typed])
     (file,) = study.trials_dir.glob("*/deploy/measured.json")
     rows = {row["form"]: row for row in json.loads(file.read_text())}
-    assert list(rows) == ["base", "adapter", "merged"]
+    assert list(rows) == ["base", "adapter", "merged", *kinds]
+    for kind in set(kinds) - {"q4_k_m"}:
+        assert abs(rows[kind]["difference"]) < 0.002
+        assert rows[kind]["same_tokens"] >= 0.99
     trial = TrialFolder(file.parents[1])
     result, _ = trial.read_result()
     assert result is not None
@@ -134,6 +174,7 @@ def test_forms_are_measured_beside_the_adapter_as_trained(
     assert rows["merged"]["same_tokens"] == 1.0
     assert re.search(r"merged: [+-]0\.0 % perplexity", capsys.readouterr().out)
     shutil.rmtree(file.parent)
+    shutil.rmtree(study.deploy_dir, ignore_errors=True)
 
 
 def test_a_prompt_that_is_longer_than_the_context_is_refused(study: StudyFolder) -> None:

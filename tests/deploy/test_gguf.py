@@ -42,6 +42,11 @@ def tiny_tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(tiny.folder())
 
 
+def llama_cpp() -> None:
+    """Skip a test where the binding is not installed."""
+    pytest.importorskip("llama_cpp", reason="needs llama-cpp-python, which is compiled")
+
+
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
         result: torch.Tensor = model(torch.arange(2, 40)[None]).logits[0].double()
@@ -116,11 +121,14 @@ def test_other_architectures_are_refused_by_name(tmp_path: Path) -> None:
     assert not (tmp_path / "m.gguf").exists()
 
 
-def test_llama_cpp_reads_texts_and_computes_logits_as_transformers(tmp_path: Path) -> None:
-    pytest.importorskip("llama_cpp", reason="needs llama-cpp-python, which is compiled")
+@pytest.mark.parametrize("name", ["without merges", "Llama 3", "TinyLlama"])
+def test_llama_cpp_reads_texts_and_computes_logits_as_transformers(
+    tmp_path: Path, name: str
+) -> None:
+    llama_cpp()
     from tinyllama_lab.deploy.llama_cpp import GgufModel
 
-    tokenizer = MADE["Llama 3"]()  # llama.cpp refuses the tiny one, which has no merges
+    tokenizer = tiny_tokenizer() if name == "without merges" else MADE[name]()
     model = saved(tmp_path / "model", tokenizer)
     write_gguf(tmp_path / "model", tmp_path / "m.gguf", "f16")
     with GgufModel(tmp_path / "m.gguf", 64) as read:
@@ -129,3 +137,36 @@ def test_llama_cpp_reads_texts_and_computes_logits_as_transformers(tmp_path: Pat
         found = torch.from_numpy(read.logits([*range(2, 40)], 0)).double()
     expected = logits(model)
     assert (found - expected).abs().max() < 1e-2 * expected.abs().max()
+
+
+@pytest.mark.parametrize(("size", "wanted"), [(256, "Q4_K"), (64, "Q5_0")])
+def test_q4_k_m_is_written_by_llama_cpp_and_falls_back_for_rows_that_are_no_blocks(
+    tmp_path: Path, size: int, wanted: str
+) -> None:
+    llama_cpp()
+    from tinyllama_lab.deploy.export import QUANTIZED
+    from tinyllama_lab.deploy.llama_cpp import GgufModel, quantize_file
+
+    model = saved(tmp_path / "model", tiny_tokenizer(), hidden_size=size)
+    exact, small = tmp_path / "exact.gguf", tmp_path / "small.gguf"
+    write_gguf(tmp_path / "model", exact, "f16")
+    quantize_file(exact, small, QUANTIZED["q4_k_m"])
+    tensors = {t.name: t for t in GGUFReader(small).tensors}
+    found = tensors["blk.1.ffn_up.weight"]
+    assert found.tensor_type.name == wanted
+    values = torch.from_numpy(dequantize(found.data, found.tensor_type).copy())
+    expected = model.state_dict()["model.layers.1.mlp.up_proj.weight"]
+    assert (values - expected).norm() < 0.1 * expected.norm()
+    with GgufModel(small, 64) as read:
+        assert read.tokenize(TEXTS[0]) == tiny_tokenizer()(TEXTS[0])["input_ids"]
+
+
+def test_a_damaged_file_is_refused_by_llama_cpp_in_one_sentence(tmp_path: Path) -> None:
+    llama_cpp()
+    from tinyllama_lab.deploy.llama_cpp import GgufModel, quantize_file
+
+    (tmp_path / "m.gguf").write_bytes(b"GGUF but nothing else")
+    with pytest.raises(ModelError, match="llama.cpp cannot read .*force=true"):
+        GgufModel(tmp_path / "m.gguf", 64)
+    with pytest.raises(ModelError, match="llama.cpp cannot quantize"):
+        quantize_file(tmp_path / "m.gguf", tmp_path / "n.gguf", 15)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -13,7 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tinyllama_lab.config.schema import Science, part
 from tinyllama_lab.core.dataset.dataset import DataCache
 from tinyllama_lab.core.models.loading import load_base
+from tinyllama_lab.deploy.export import Wanted, deploy
 from tinyllama_lab.deploy.merge import merge
+from tinyllama_lab.study.exports import Exports
 from tinyllama_lab.study.trial import TrialFolder
 
 STYLES = {
@@ -72,6 +75,19 @@ def test_the_adapter_of_a_four_bit_base_is_folded_into_dequantized_weights(
     assert apart["original"] > 10 * apart["dequantized"]
     weights = loaded(tmp_path / "dequantized").state_dict().values()
     assert {weight.dtype for weight in weights} == {torch.float32}
+
+
+def test_the_two_merged_forms_of_a_four_bit_base_are_both_measured(
+    lab: Any, tmp_path: Path
+) -> None:
+    trial = trained_on_nf4(tmp_path, lab)
+    of_trial = SimpleNamespace(row=SimpleNamespace(trial=trial))
+    selection: Any = SimpleNamespace(trial=of_trial, study=None)
+    rows = deploy(selection, Wanted([], "f16", False), "cpu", lambda line: None)
+    assert [row.form for row in rows] == ["base", "adapter", "merged", "original"]
+    dequantized, original = (abs(row.difference or 0) for row in rows[2:])
+    assert dequantized < original
+    assert Exports(trial.deploy_dir).original_dir.is_dir()
 
 
 def loaded(folder: Path) -> Any:

@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from tinyllama_lab.errors import ConfigError, quiet_interrupt, user_errors
 
@@ -21,6 +22,9 @@ with quiet_interrupt():  # importing these takes a second, in which Ctrl-C may c
     from tinyllama_lab.study.files import exists, user_path
     from tinyllama_lab.study.machine import share_cores
     from tinyllama_lab.study.study import StudyFolder
+
+if TYPE_CHECKING:  # imports torch
+    from tinyllama_lab.deploy.export import Wanted
 
 _HELP = f"""\
 python -m tinyllama_lab.deploy chat [study=ranks] [trial=best]
@@ -39,20 +43,22 @@ python -m tinyllama_lab.deploy chat [study=ranks] [trial=best]
 chat:      --once "question", system="...", tokens=256 (the most of an answer), temperature=0,
            seed=0, device=auto (or cpu, cuda)
 merge:     to=<folder>, into=dequantized (for a quantized base; or original), force=false
-gguf:      types=f16,q8_0,q4_0, force=false
+gguf:      types=f16,q8_0,q4_0 (also q4_k_m, and lora: the adapter alone, beside one file of the
+           base for all trials of the study), base=f16 (the type of that file), force=false
 card:      license=<that of base and data>, force=false (replace a card that you edited)
 push:      to=<user/name>, private=true (if it is new), license=<that of base and data>
-(nothing)  the same, and device=auto"""
+(nothing)  as gguf with types=f16,q8_0,q4_0,q4_k_m, and device=auto"""
 
 
 _COMMON = {"study": "", "trial": RECOMMENDED, "sweeps_dir": SWEEPS_DIR}
 _DEVICE = {"device": "auto"}
 _CHAT = {"once": "", "system": "", "tokens": "256", "temperature": "0", "seed": "0", **_DEVICE}
 _MERGE = {"to": "", "into": "dequantized", "force": "false"}
-_GGUF = {"types": "f16,q8_0,q4_0", "force": "false"}
+_GGUF = {"types": "f16,q8_0,q4_0", "base": "f16", "force": "false"}
 _CARD = {"license": "", "force": "false"}
 _PUSH = {"to": "", "private": "true", "license": ""}
-_DEPLOY = {**_GGUF, **_DEVICE}
+# llama.cpp is there, since it measures the files
+_DEPLOY = {**_GGUF, "types": "f16,q8_0,q4_0,q4_k_m", **_DEVICE}
 
 
 class Options:
@@ -149,49 +155,47 @@ def _chat(arguments: Sequence[str]) -> None:
 def _merge(arguments: Sequence[str]) -> None:
     options = Options(arguments, _MERGE)
     into, force = options.choice("into", ("dequantized", "original")), options.flag("force")
-    typed = options.text("to")
-    if into == "original" and not typed:
-        raise ConfigError(["into=original needs a folder of its own, got none; set to=<folder>"])
     trial = options.selection().trial.row.trial
     from tinyllama_lab.deploy.export import export_merged
 
-    target = user_path(typed) if typed else Exports(trial.deploy_dir).merged_dir
+    exports = Exports(trial.deploy_dir)
+    own = exports.original_dir if into == "original" else exports.merged_dir
+    target = user_path(options.text("to")) if options.text("to") else own
     export_merged(trial, target, into, force)
     print(f"written: {target}")
 
 
-def _kinds(options: Options) -> list[str]:
-    """Return the types of GGUF files that were asked for."""
-    from tinyllama_lab.deploy.gguf_export import FILE_TYPES
+def _wanted(options: Options) -> Wanted:
+    """Return the GGUF files that were asked for."""
+    from tinyllama_lab.deploy.export import KINDS, MODEL_KINDS, Wanted
 
     kinds = [kind for kind in options.text("types").split(",") if kind]
-    if unknown := [kind for kind in kinds if kind not in FILE_TYPES]:
-        raise ConfigError([f"types must be of {', '.join(FILE_TYPES)}, got {unknown[0]!r}"])
-    return kinds
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        raise ConfigError([f"types must be of {', '.join(KINDS)}, got {unknown[0]!r}"])
+    return Wanted(kinds, options.choice("base", MODEL_KINDS), options.flag("force"))
 
 
 def _gguf(arguments: Sequence[str]) -> None:
     options = Options(arguments, _GGUF)
-    kinds, force = _kinds(options), options.flag("force")
-    if not kinds:
+    wanted = _wanted(options)
+    if not wanted.kinds:
         raise ConfigError(["types must name a type of GGUF file, got ''"])
-    trial = options.selection().trial.row.trial
+    selection = options.selection()
     from tinyllama_lab.deploy.export import export_gguf
 
-    for path in export_gguf(trial, kinds, force, say):
+    for path in export_gguf(selection, wanted, say):
         print(f"written: {path}")
 
 
 def _deploy(arguments: Sequence[str]) -> None:
     options = Options(arguments, _DEPLOY)
-    kinds, force, device = _kinds(options), options.flag("force"), options.device()
+    wanted, device = _wanted(options), options.device()
     selection = options.selection()
-    trial = selection.trial.row.trial
     from tinyllama_lab.deploy.export import deploy
 
-    rows = deploy(trial, kinds, device, force, say)
+    rows = deploy(selection, wanted, device, say)
     print_exports(rows, Console(width=line_width()))
-    print(f"written: {trial.deploy_dir}")
+    print(f"written: {selection.trial.row.trial.deploy_dir}")
     _show(selection.study)
 
 

@@ -13,6 +13,7 @@ from tinyllama_lab.core.models.loading import load_base, model_folder, position_
 from tinyllama_lab.data.formats.cells import UnusableRow
 from tinyllama_lab.deploy.completer import Completion, Request, TextStream, completer
 from tinyllama_lab.deploy.selection import Selection
+from tinyllama_lab.deploy.trained import prompt_format
 from tinyllama_lab.errors import DataError, StudyError
 
 
@@ -51,7 +52,8 @@ class Assistant:
                 f"one; start again with trial={selection.trial.key}"
             )
         self.completer.load(selection.label, selection.trial.row.trial)
-        self._formats[selection.label] = PromptFormat(self.base.tokenizer, science.data)
+        trial = selection.trial.row.trial
+        self._formats[selection.label] = prompt_format(trial, self.base.tokenizer)
 
     def request(
         self,

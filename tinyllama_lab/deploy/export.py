@@ -3,19 +3,47 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tinyllama_lab.deploy.gguf_export import write_gguf
-from tinyllama_lab.deploy.llama_cpp import check_installed
-from tinyllama_lab.deploy.measure import measure_forms
-from tinyllama_lab.deploy.merge import merge
-from tinyllama_lab.errors import StudyError
-from tinyllama_lab.study.exports import MERGED, ExportRow, Exports
-from tinyllama_lab.study.files import atomic_folder, publish, write_atomic
-from tinyllama_lab.study.trial import TrialFolder
+from gguf import LlamaFileType
+from transformers import AutoConfig
 
+from tinyllama_lab.config.schema import Science, part
+from tinyllama_lab.core.models.loading import TRUSTED_FILES, model_folder, read_tokenizer
+from tinyllama_lab.deploy.gguf_export import (
+    FILE_TYPES,
+    check_architecture,
+    weights_by_type,
+    write_gguf,
+)
+from tinyllama_lab.deploy.gguf_lora import check_adapter, write_lora
+from tinyllama_lab.deploy.llama_cpp import check_installed, quantize_file
+from tinyllama_lab.deploy.measure import measure_forms
+from tinyllama_lab.deploy.merge import merge, save_base
+from tinyllama_lab.deploy.selection import Selection
+from tinyllama_lab.deploy.trained import prompt_format
+from tinyllama_lab.errors import StudyError
+from tinyllama_lab.study.exports import LORA, MERGED, ORIGINAL, ExportRow, Exports
+from tinyllama_lab.study.files import atomic_folder, publish, write_atomic
+from tinyllama_lab.study.trial import TrialFolder, digest
+
+# written from the file in float16 by llama.cpp itself, since the package `gguf` cannot
+QUANTIZED = {"q4_k_m": LlamaFileType.MOSTLY_Q4_K_M}
+MODEL_KINDS = (*FILE_TYPES, *QUANTIZED)  # of files with a whole model
+KINDS = (*MODEL_KINDS, LORA)
 Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be written."""
+
+    kinds: Sequence[str]  # of GGUF files, of `KINDS`
+    base_kind: str  # of the base's file beside an adapter alone, of `MODEL_KINDS`
+    force: bool  # replaces what is there
 
 
 def export_merged(trial: TrialFolder, target: Path, into: str, force: bool) -> None:
@@ -29,29 +57,110 @@ def export_merged(trial: TrialFolder, target: Path, into: str, force: bool) -> N
         merge(trial, folder, into)
 
 
-def export_gguf(trial: TrialFolder, kinds: Sequence[str], force: bool, say: Say) -> list[Path]:
+def export_gguf(selection: Selection, wanted: Wanted, say: Say) -> list[Path]:
     """Write GGUF files of a trial with a Modelfile for the last one, and return their paths.
 
     The trial is merged first, if it is not yet.
 
     Raises:
+        ModelError: a file cannot be written.
         StudyError: one of the files exists and `force` is false.
     """
+    trial = selection.trial.row.trial
     exports = Exports(trial.deploy_dir)
-    for kind in kinds:
-        _check_free(exports.gguf_file(kind), force)
-    if not exports.merged_dir.exists():
+    check_kinds(trial, wanted)
+    for kind in wanted.kinds:
+        _check_free(_file(exports, kind), wanted.force)
+    models = [kind for kind in wanted.kinds if kind != LORA]
+    if models and not exports.merged_dir.exists():
         say("merging")
-        export_merged(trial, exports.merged_dir, "dequantized", force)
-    for kind in kinds:
+        export_merged(trial, exports.merged_dir, "dequantized", wanted.force)
+    for kind in models:
         say(f"writing {exports.gguf_file(kind).name}")
-        with tempfile.TemporaryDirectory(dir=exports.folder) as folder:
-            written = Path(folder, exports.gguf_file(kind).name)
-            write_gguf(exports.merged_dir, written, kind)
-            publish(written, exports.gguf_file(kind))
-    lines = [f"FROM ./{exports.gguf_file(kinds[-1]).name}", "PARAMETER temperature 0"]
-    write_atomic(exports.modelfile, "\n".join(lines) + "\n")
-    return [*map(exports.gguf_file, kinds), exports.modelfile]
+        _write_model(exports.merged_dir, exports.gguf_file(kind), kind, say)
+    base = []
+    if LORA in wanted.kinds:
+        base = [_base_file(selection, wanted.base_kind)]
+        _export_lora(selection, wanted, say)
+    last = _file(exports, wanted.kinds[-1])
+    lines = [f"FROM ./{last.name}"]
+    if last == exports.lora_file:
+        lines = [f"FROM {base[0].resolve()}", f"ADAPTER ./{last.name}"]
+    write_atomic(exports.modelfile, "\n".join([*lines, "PARAMETER temperature 0"]) + "\n")
+    return [*(_file(exports, kind) for kind in wanted.kinds), *base, exports.modelfile]
+
+
+def check_kinds(trial: TrialFolder, wanted: Wanted) -> None:
+    """Refuse, before minutes of work, what cannot be written.
+
+    Raises:
+        ModelError: the model or the adapter has no such file, or llama.cpp is not installed.
+    """
+    if not wanted.kinds:
+        return
+    science: Science = part(Science, trial.read_config())
+    check_architecture(AutoConfig.from_pretrained(model_folder(science.model), **TRUSTED_FILES))
+    if LORA in wanted.kinds:
+        check_adapter(trial.adapter_dir)
+    kinds = [*wanted.kinds, *([wanted.base_kind] if LORA in wanted.kinds else [])]
+    if quantized := [kind for kind in kinds if kind in QUANTIZED]:
+        check_installed(f"write {quantized[0]}", f"choose of {', '.join(FILE_TYPES)}")
+
+
+def _file(exports: Exports, kind: str) -> Path:
+    return exports.lora_file if kind == LORA else exports.gguf_file(kind)
+
+
+def _write_model(model: Path, target: Path, kind: str, say: Say) -> None:
+    """Write the model of a folder to a GGUF file of a kind."""
+    with _published(target) as written:
+        if kind in FILE_TYPES:
+            write_gguf(model, written, kind)
+            return
+        exact = written.with_name("exact.gguf")
+        write_gguf(model, exact, "f16")
+        quantize_file(exact, written, QUANTIZED[kind])
+        # llama.cpp takes other types where rows are no multiple of a block
+        say(f"{target.name}: {weights_by_type(written)}")
+
+
+def _export_lora(selection: Selection, wanted: Wanted, say: Say) -> None:
+    """Write the adapter alone, and its base if that is not there yet."""
+    trial = selection.trial.row.trial
+    science: Science = part(Science, trial.read_config())
+    kind = wanted.base_kind
+    target, base = Exports(trial.deploy_dir).lora_file, _base_file(selection, kind)
+    if wanted.force or not base.exists():
+        say(f"writing {base.name}")
+        base.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=base.parent) as folder:
+            save_base(trial, Path(folder))
+            _write_model(Path(folder), base, kind, say)
+    say(f"writing {target.name}")
+    config = AutoConfig.from_pretrained(model_folder(science.model), **TRUSTED_FILES)
+    with _published(target) as written:
+        write_lora(trial.adapter_dir, config, written)
+
+
+def _base_file(selection: Selection, kind: str) -> Path:
+    """Return the file of a trial's base, which trials with the same weights and prompts share."""
+    trial = selection.trial.row.trial
+    science: Science = part(Science, trial.read_config())
+    tokenizer, _ = read_tokenizer(science.model)
+    template = prompt_format(trial, tokenizer).template()
+    model, quant = science.model, science.quant
+    key = digest([model.source, model.repo, model.identity, quant.kind, quant.double, template])
+    return Exports(selection.study.deploy_dir).base_file(key, kind)
+
+
+@contextmanager
+def _published(target: Path) -> Iterator[Path]:
+    """Give a path to write to, and rename it to `target` when it is whole."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        written = Path(folder, target.name)
+        yield written
+        publish(written, target)
 
 
 def _check_free(target: Path, force: bool) -> None:
@@ -61,26 +170,34 @@ def _check_free(target: Path, force: bool) -> None:
         )
 
 
-def deploy(
-    trial: TrialFolder, kinds: Sequence[str], device: str, force: bool, say: Say
-) -> list[ExportRow]:
+def deploy(selection: Selection, wanted: Wanted, device: str, say: Say) -> list[ExportRow]:
     """Merge, write the GGUF files, measure all of them, and keep the numbers with the trial.
 
-    Exports that are there already are measured again, and written again if `force` is true.
+    Exports that are there already are measured again, and written again if `force` is true. A
+    quantized base is merged into the weights of training, and into those before quantization.
 
     Raises:
-        ModelError: llama.cpp is not installed, or a form cannot be measured.
+        ModelError: llama.cpp is not installed, or a form cannot be written or measured.
     """
-    if kinds:  # before minutes of work
-        check_installed()
+    trial = selection.trial.row.trial
     exports = Exports(trial.deploy_dir)
-    if force or not exports.merged_dir.exists():
-        say("merging")
-        export_merged(trial, exports.merged_dir, "dequantized", force)
-    files = {kind: exports.gguf_file(kind) for kind in kinds}
-    if missing := [kind for kind, file in files.items() if force or not file.exists()]:
-        export_gguf(trial, missing, force, say)
-    forms = {MERGED: exports.merged_dir, **files}
+    if wanted.kinds:  # before minutes of work
+        check_installed("measure GGUF files", "set types= to measure no such file")
+    check_kinds(trial, wanted)
+    forms = {MERGED: [exports.merged_dir]}
+    if part(Science, trial.read_config()).quant.kind != "none":
+        forms[ORIGINAL] = [exports.original_dir]
+    for form, (folder,) in forms.items():
+        if wanted.force or not folder.exists():
+            say("merging" if form == MERGED else "merging into the original weights")
+            into = "dequantized" if form == MERGED else "original"
+            export_merged(trial, folder, into, wanted.force)
+    forms |= {kind: [_file(exports, kind)] for kind in wanted.kinds}
+    if LORA in wanted.kinds:
+        forms[LORA].insert(0, _base_file(selection, wanted.base_kind))
+    missing = [k for k in wanted.kinds if wanted.force or not all(f.exists() for f in forms[k])]
+    if missing:
+        export_gguf(selection, replace(wanted, kinds=missing), say)
     rows = measure_forms(trial, forms, device, lambda form: say(f"measuring {form}"))
     exports.write_measured(rows)
     return rows

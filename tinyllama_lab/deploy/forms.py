@@ -9,6 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tinyllama_lab.study.exports import BASE, MERGED, ORIGINAL, TRAINED
+
+IN_TORCH = (BASE, TRAINED, MERGED, ORIGINAL)  # the forms that are no GGUF files
+
 
 @dataclass(frozen=True)
 class Task:
@@ -18,9 +22,9 @@ class Task:
     the adapter as trained; None where this is the form that generates them.
     """
 
-    form: str  # `base`, `adapter`, `merged` or the type of a GGUF file
+    form: str  # `base`, `adapter`, `merged`, `original` or the type of a GGUF file
     trial: str  # folder of the trial
-    path: str | None  # of the merged model or the file
+    paths: list[str]  # of the merged model; of a GGUF file, and of an adapter that is added to it
     device: str
     tokens: int  # the most of an answer
     prompts: int  # how many examples are answered

@@ -5,7 +5,7 @@ The names of metadata and tensors are those that llama.cpp reads for its archite
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,17 @@ import torch
 from gguf import (
     GGML_QUANT_VERSION,
     GGMLQuantizationType,
+    GGUFReader,
     GGUFWriter,
     LlamaFileType,
     RopeScalingType,
-    TokenType,
     quantize,
 )
 from safetensors import safe_open
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig
 
 from tinyllama_lab.core.models.gguf_llama import IN_LAYER, OUTER
+from tinyllama_lab.deploy.gguf_tokenizer import add_tokenizer
 from tinyllama_lab.errors import ModelError
 
 # names in transformers -> in llama.cpp
@@ -53,17 +54,6 @@ FILE_TYPES = {
         GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q4_0
     ),
 }
-# Names in llama.cpp of the ways to split a text before byte-pair merges, by what tokenizer.json
-# says: the kinds of its steps, and the patterns they split at.
-_LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-SPLITS = {
-    ("ByteLevel",): "gpt-2",
-    ("Digits", "ByteLevel"): "smollm",
-    (f"{_SHORT}|{_LETTERS}|\\p{{N}}{{1,3}}|{_REST}", "ByteLevel"): "llama-bpe",
-    (f"{_SHORT}|{_LETTERS}|\\p{{N}}|{_REST}", "ByteLevel"): "qwen2",
-}
 
 
 def write_gguf(model: Path, file: Path, kind: str) -> None:
@@ -81,7 +71,7 @@ def write_gguf(model: Path, file: Path, kind: str) -> None:
     check_architecture(config)
     writer = GGUFWriter(file, "llama")
     _add_settings(writer, config, FILE_TYPES[kind])
-    _add_tokenizer(writer, model)
+    add_tokenizer(writer, model)
     with _Weights(model, config) as weights:
         names = weights.names()
         for name in names:
@@ -97,6 +87,15 @@ def write_gguf(model: Path, file: Path, kind: str) -> None:
             stored = _stored_as(name, weights.shape(name), FILE_TYPES[kind])
             writer.write_tensor_data(quantize(weights.read(name), stored))
     writer.close()
+
+
+def weights_by_type(file: Path) -> str:
+    """Return which shares of a file's weights are stored in which type: `57 % q5_0, 43 % q8_0`."""
+    counts: Counter[str] = Counter()
+    for tensor in GGUFReader(file).tensors:
+        counts[tensor.tensor_type.name.lower()] += int(tensor.n_elements)
+    shares = ((100 * count / counts.total(), name) for name, count in counts.most_common())
+    return ", ".join(f"{share:.0f} % {name}" for share, name in shares if share >= 0.5)
 
 
 def check_architecture(config: Any) -> None:
@@ -143,96 +142,6 @@ def _add_settings(writer: GGUFWriter, config: Any, kind: FileType) -> None:
         writer.add_rope_scaling_factor(rope["factor"])
 
 
-def _add_tokenizer(writer: GGUFWriter, model: Path) -> None:
-    """Write tokens, merges, special tokens and chat template."""
-    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
-    content = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
-    if content["model"]["type"] != "BPE":
-        raise ModelError(
-            "GGUF files are written for BPE tokenizers, got "
-            f"{content['model']['type']}; use merge instead"
-        )
-    merges = [m if isinstance(m, str) else " ".join(m) for m in content["model"]["merges"]]
-    size = AutoConfig.from_pretrained(model, local_files_only=True).vocab_size
-    tokens, types = _tokens(content, size)
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
-    if content["model"].get("byte_fallback"):  # converted from SentencePiece
-        writer.add_tokenizer_model("llama")
-        writer.add_tokenizer_pre("default")
-        writer.add_token_scores(_scores(tokens, merges))
-        first = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False).input_ids)
-        writer.add_add_space_prefix(str(first[0]).startswith("\u2581"))
-    else:
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(_split_name(content))
-        writer.add_token_merges(merges)
-    _add_special_tokens(writer, tokenizer, GenerationConfig.from_pretrained(model))
-    # what a prompt begins with is part of the template, as it was in training
-    writer.add_add_bos_token(False)
-    writer.add_add_eos_token(False)
-    if tokenizer.chat_template:
-        writer.add_chat_template(str(tokenizer.chat_template))
-
-
-def _tokens(content: dict[str, Any], size: int) -> tuple[list[str], list[TokenType]]:
-    """Return texts and types of all tokens; rows of the embedding without a token are unused."""
-    texts = {number: text for text, number in content["model"]["vocab"].items()}
-    added = {each["id"]: each for each in content["added_tokens"]}
-    texts |= {number: str(each["content"]) for number, each in added.items()}
-    unknown = content["model"].get("unk_token")
-
-    def kind(number: int) -> TokenType:
-        if number not in texts:
-            return TokenType.UNUSED
-        if number in added and texts[number] != unknown:
-            return TokenType.CONTROL if added[number]["special"] else TokenType.USER_DEFINED
-        if texts[number] == unknown:
-            return TokenType.UNKNOWN
-        is_byte = content["model"].get("byte_fallback") and texts[number].startswith("<0x")
-        return TokenType.BYTE if is_byte else TokenType.NORMAL
-
-    return [texts.get(n, f"[PAD{n}]") for n in range(size)], [kind(n) for n in range(size)]
-
-
-def _scores(tokens: list[str], merges: list[str]) -> list[float]:
-    """Return scores with which llama.cpp merges pieces in the order of `merges`."""
-    rank: dict[str, int] = {}
-    for number, merge in enumerate(merges):
-        rank.setdefault(merge.replace(" ", ""), number)
-    return [-float(rank.get(token, len(merges))) for token in tokens]
-
-
-def _split_name(content: dict[str, Any]) -> str:
-    """Return llama.cpp's name for the way a tokenizer splits a text before merging.
-
-    Raises:
-        ModelError: llama.cpp has no name for it.
-    """
-    step = content["pre_tokenizer"] or {}
-    steps = step.get("pretokenizers", [step])
-    key = tuple(
-        each["pattern"].get("Regex") if each["type"] == "Split" else each["type"] for each in steps
-    )
-    if key not in SPLITS:
-        raise ModelError(
-            f"llama.cpp must know how a tokenizer splits a text, got {key}; use merge instead"
-        )
-    return SPLITS[key]
-
-
-def _add_special_tokens(writer: GGUFWriter, tokenizer: Any, generation: Any) -> None:
-    """Write the special tokens; the end of an answer is one of those that end a generation."""
-    for name in ("bos", "eos", "unk", "pad"):
-        number = getattr(tokenizer, f"{name}_token_id", None)
-        if number is not None:
-            getattr(writer, f"add_{name}_token_id")(number)
-    ends = generation.eos_token_id
-    others = [n for n in (ends if isinstance(ends, list) else [ends]) if n is not None]
-    if closing := [n for n in others if n != tokenizer.eos_token_id]:
-        writer.add_eot_token_id(closing[0])
-
-
 def _stored_as(name: str, shape: tuple[int, ...], kind: FileType) -> GGMLQuantizationType:
     """Return how a tensor is stored: norms in float32, and rows that are no blocks in float16."""
     if len(shape) == 1:
@@ -250,7 +159,7 @@ class _Weights:
             safe_open(path, framework="pt") for path in sorted(model.glob("model*.safetensors"))
         ]
         self._owners: dict[str, Any] = {
-            _gguf_name(name): (file, name) for file in self._files for name in file.keys()
+            gguf_name(name): (file, name) for file in self._files for name in file.keys()
         }
 
     def __enter__(self) -> _Weights:
@@ -279,17 +188,22 @@ class _Weights:
         if name not in self._owners:
             return _rope_factors(self._config)
         file, own = self._owners[name]
-        weight = file.get_tensor(own).to(torch.float32)
-        heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
-        for part, count in heads.items():
-            if f".{part}." in name:
-                # llama.cpp rotates neighbouring rows of a head, transformers those half apart
-                pairs = weight.view(getattr(self._config, count), 2, -1, weight.shape[1])
-                weight = pairs.transpose(1, 2).reshape(weight.shape)
-        return weight.numpy()
+        return in_row_order(name, file.get_tensor(own).to(torch.float32), self._config).numpy()
 
 
-def _gguf_name(name: str) -> str:
+def in_row_order(name: str, weight: torch.Tensor, config: Any) -> torch.Tensor:
+    """Return a weight with its rows (outputs) in llama.cpp's order; `name` is llama.cpp's.
+
+    llama.cpp rotates neighbouring rows of a head, transformers those half a head apart.
+    """
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    count = next((n for part, n in heads.items() if f".{part}." in name), None)
+    if count is None:
+        return weight
+    return weight.view(count, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+
+
+def gguf_name(name: str) -> str:
     """Return llama.cpp's name of a tensor such as `model.layers.3.self_attn.q_proj.weight`."""
     stem, _, last = name.rpartition(".")
     if stem in _OUTER:

@@ -1,4 +1,4 @@
-"""Runs a GGUF file in llama.cpp, on the CPU, through the C functions of its Python binding.
+"""Runs and quantizes GGUF files in llama.cpp, on the CPU, through its Python binding.
 
 Nothing here imports torch, so that a process that measures a file has llama.cpp's memory alone.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable, Collection, Sequence
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -25,44 +26,78 @@ def binding() -> Any:
     Raises:
         ModelError: the package is not installed.
     """
-    check_installed()
+    check_installed("run GGUF files", "install it")
+    return _silent_binding()[0]
+
+
+@cache
+def _silent_binding() -> tuple[Any, Any]:
+    """Return the binding's module without its log, and the callback that has to stay alive."""
     import llama_cpp
 
-    return llama_cpp
+    callback = llama_cpp.llama_log_callback(_ignore)
+    llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
+    llama_cpp.llama_backend_init()
+    return llama_cpp, callback
 
 
-def check_installed() -> None:
+def check_installed(purpose: str, instead: str) -> None:
     """Check that the binding is installed, without importing it.
 
+    Args:
+        purpose: what it is needed for.
+        instead: what to type without it.
+
     Raises:
-        ModelError: it is not.
+        ModelError: it is not installed.
     """
     if find_spec("llama_cpp") is None:
         raise ModelError(
-            "GGUF files are measured with llama.cpp, which is not installed; type: "
-            "pip install llama-cpp-python (it is compiled, in some minutes), or set types= to "
-            "measure no such file"
+            f"llama.cpp must be installed to {purpose}, and is not; type: "
+            f"pip install llama-cpp-python (it is compiled, in some minutes), or {instead}"
         )
+
+
+def quantize_file(source: Path, target: Path, file_type: int) -> None:
+    """Write a GGUF file in float16 again, in a type that only llama.cpp's own quantizer knows.
+
+    Args:
+        source: the file in float16.
+        target: the file to write.
+        file_type: llama.cpp's number of the type, `LlamaFileType` in the package `gguf`.
+
+    Raises:
+        ModelError: llama.cpp is missing, or fails.
+    """
+    lib = binding()
+    settings = lib.llama_model_quantize_default_params()
+    settings.ftype, settings.nthread = file_type, os.cpu_count()
+    if lib.llama_model_quantize(os.fsencode(source), os.fsencode(target), settings):
+        raise ModelError(f"llama.cpp cannot quantize {source}; choose other types=")
 
 
 class GgufModel:
     """A GGUF file in llama.cpp, with one sequence of tokens at a time."""
 
-    def __init__(self, file: Path, context_tokens: int, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        file: Path,
+        context_tokens: int,
+        adapter: Path | None = None,
+        threads: int | None = None,
+    ) -> None:
         """Load a file.
 
         Args:
             file: the GGUF file.
             context_tokens: the longest sequence.
+            adapter: the GGUF file of an adapter that is added to it.
             threads: None takes as many as there are cores.
 
         Raises:
             ModelError: llama.cpp is missing, or cannot read the file.
         """
         self._lib = lib = binding()
-        self._silence = lib.llama_log_callback(_ignore)
-        lib.llama_log_set(self._silence, ctypes.c_void_p(0))
-        lib.llama_backend_init()
         settings = lib.llama_model_default_params()
         settings.n_gpu_layers = 0
         # weights repacked for AMX crash llama.cpp 0.3.36 of the binding on SmolLM2's shapes
@@ -74,6 +109,8 @@ class GgufModel:
         context.n_ctx = context.n_batch = context.n_ubatch = context_tokens
         context.n_threads = context.n_threads_batch = threads or os.cpu_count()
         self._context = lib.llama_init_from_model(self._model, context)
+        if adapter is not None:
+            self._add(adapter)
         self._vocab = lib.llama_model_get_vocab(self._model)
         self.vocabulary = int(lib.llama_vocab_n_tokens(self._vocab))
 
@@ -135,6 +172,22 @@ class GgufModel:
                 return generated
             self._decode([token], len(prompt_ids) + len(generated) - 1, [0])
             row = 0
+
+    def _add(self, adapter: Path) -> None:
+        """Add an adapter to the weights, at its own scale.
+
+        Raises:
+            ModelError: llama.cpp cannot read it, or it belongs to another base.
+        """
+        lib = self._lib
+        handle = lib.llama_adapter_lora_init(self._model, os.fsencode(adapter))
+        if not handle:
+            raise ModelError(
+                f"llama.cpp cannot add {adapter} to this base; write it again with force=true"
+            )
+        handles = (lib.llama_adapter_lora_p_ctypes * 1)(handle)
+        scales = (ctypes.c_float * 1)(1.0)
+        lib.llama_set_adapters_lora(self._context, handles, 1, scales)
 
     def _clear(self) -> None:
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from tinyllama_lab.config.schema import Science, part
 from tinyllama_lab.core.dataset.dataset import DataCache
@@ -25,7 +26,7 @@ from tinyllama_lab.report.analysis.statistics import compare
 from tinyllama_lab.study.exports import BASE, TRAINED, ExportRow
 from tinyllama_lab.study.trial import TrialFolder
 
-_PROMPTS, _TOKENS = 16, 48  # answered by every form; tokens of an answer
+_PROMPTS, _TOKENS = 50, 48  # answered by every form; tokens of an answer
 
 
 @dataclass(frozen=True)
@@ -54,21 +55,23 @@ def heldout(trial: TrialFolder) -> Heldout:
             "an export must be measured on the rows that its trial was scored on, and they have "
             "changed since; run the study's command again"
         )
-    records = [
-        {
-            "ids": example.ids,
-            "loss_mask": example.loss_mask,
-            "prompt_ids": example.prompt_ids,
-            "prompt_text": str(tokenizer.decode(list(example.prompt_ids))),
-        }
-        for example in prepared.heldout
-    ]
+    records = [record_of(example, tokenizer) for example in prepared.heldout]
     return Heldout(prepared.heldout, records)
+
+
+def record_of(example: Example, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return an example as `Task.examples` have it."""
+    return {
+        "ids": list(example.ids),
+        "loss_mask": list(example.loss_mask),
+        "prompt_ids": list(example.prompt_ids),
+        "prompt_text": str(tokenizer.decode(list(example.prompt_ids))),
+    }
 
 
 def measure_forms(
     trial: TrialFolder,
-    exports: dict[str, Path],
+    exports: dict[str, list[Path]],
     device: str,
     say: Callable[[str], None],
 ) -> list[ExportRow]:
@@ -76,7 +79,7 @@ def measure_forms(
 
     Args:
         trial: the trial that was exported.
-        exports: folder of the merged model and GGUF files, by form.
+        exports: paths by form: a folder of a merged model, or a GGUF file with those added to it.
         device: of all forms but the GGUF files, which run on the CPU.
         say: called with the form that is measured next.
 
@@ -84,20 +87,20 @@ def measure_forms(
         ModelError: a form cannot be measured.
     """
     rows = heldout(trial)
-    plain = Task(TRAINED, str(trial.folder), None, device, _TOKENS, _PROMPTS, rows.records, None)
+    plain = Task(TRAINED, str(trial.folder), [], device, _TOKENS, _PROMPTS, rows.records, None)
     say(TRAINED)
     trained = _run(plain)
-    forms: dict[str, Path | None] = {BASE: None, **exports}
+    forms: dict[str, list[Path]] = {BASE: [], **exports}
     measured: dict[str, Measured] = {}
-    for form, path in forms.items():
+    for form, paths in forms.items():
         say(form)
-        text = None if path is None else str(path)
-        measured[form] = _run(replace(plain, form=form, path=text, answers=trained.answers))
+        task = replace(plain, form=form, paths=list(map(str, paths)), answers=trained.answers)
+        measured[form] = _run(task)
     folder = model_folder(part(Science, trial.read_config()).model)
     sizes = {
         BASE: _size_mib(folder),
         TRAINED: _size_mib(folder) + _size_mib(trial.adapter_dir),
-        **{form: _size_mib(path) for form, path in exports.items()},
+        **{form: sum(map(_size_mib, paths)) for form, paths in exports.items()},
     }
     ordered = {BASE: measured[BASE], TRAINED: trained, **measured}
     return [_row(form, each, trained, rows, sizes[form]) for form, each in ordered.items()]

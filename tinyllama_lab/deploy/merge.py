@@ -13,10 +13,10 @@ import torch
 from transformers import AutoConfig, GenerationConfig
 
 from tinyllama_lab.config.schema import Science, part
-from tinyllama_lab.core.dataset.prompts import PromptFormat
 from tinyllama_lab.core.models.loading import TRUSTED_FILES, Base, load_base, model_folder
 from tinyllama_lab.core.models.lora import attach_saved
 from tinyllama_lab.core.models.quiet import no_progress_bar
+from tinyllama_lab.deploy.trained import prompt_format
 from tinyllama_lab.study.trial import TrialFolder
 
 
@@ -35,15 +35,29 @@ def merge(trial: TrialFolder, target: Path, into: str = "dequantized") -> None:
     Raises:
         ModelError: the base is not available.
     """
+    base = _base(part(Science, trial.read_config()), into)
+    model: Any = attach_saved(base.model, trial.adapter_dir)
+    _save(model.merge_and_unload(safe_merge=True), base, trial, target)
+
+
+def save_base(trial: TrialFolder, target: Path) -> None:
+    """Write the base of a trial without its adapter into a folder, otherwise as `merge` does.
+
+    Raises:
+        ModelError: the base is not available.
+    """
+    base = _base(part(Science, trial.read_config()), "dequantized")
+    _save(base.model, base, trial, target)
+
+
+def _save(model: Any, base: Base, trial: TrialFolder, target: Path) -> None:
     science: Science = part(Science, trial.read_config())
     folder = model_folder(science.model)
     config = AutoConfig.from_pretrained(folder, **TRUSTED_FILES)
-    base = _base(science, into)
-    model: Any = attach_saved(base.model, trial.adapter_dir).merge_and_unload(safe_merge=True)
     model.generation_config = _generation(folder, base)
     with no_progress_bar():
         model.to(config.dtype or torch.float32).save_pretrained(target)
-    PromptFormat(base.tokenizer, science.data).save_tokenizer(target)
+    prompt_format(trial, base.tokenizer).save_tokenizer(target)
 
 
 def _base(science: Science, into: str) -> Base:

@@ -16,9 +16,9 @@ from typing import Any
 
 from tinyllama_lab.core import resident
 from tinyllama_lab.core.evaluation.timing import measure_speed
-from tinyllama_lab.deploy.forms import Measured, Task, share_of_same
+from tinyllama_lab.deploy.forms import IN_TORCH, Measured, Task, share_of_same
+from tinyllama_lab.deploy.llama_cpp import GgufModel
 from tinyllama_lab.errors import ModelError, shown, user_errors
-from tinyllama_lab.study.exports import BASE, MERGED, TRAINED
 from tinyllama_lab.study.files import write_atomic
 
 
@@ -28,7 +28,7 @@ def measure(task: Task) -> Measured:
     Raises:
         ModelError: it cannot be loaded.
     """
-    if task.form in (BASE, TRAINED, MERGED):
+    if task.form in IN_TORCH:
         from tinyllama_lab.deploy.probe_torch import measure_torch  # late: imports torch
 
         return measure_torch(task)
@@ -36,11 +36,11 @@ def measure(task: Task) -> Measured:
 
 
 def _measure_gguf(task: Task) -> Measured:
-    from tinyllama_lab.deploy.llama_cpp import GgufModel
-
     longest = max(len(example["ids"]) for example in task.examples)
-    with GgufModel(Path(str(task.path)), longest + task.tokens + 1) as model:
-        _check_prompts(model, task)
+    file, *adapters = map(Path, task.paths)
+    adapter = adapters[0] if adapters else None
+    with GgufModel(file, longest + task.tokens + 1, adapter) as model:
+        check_prompts(model, task.examples)
         prompts = [example["prompt_ids"] for example in task.examples[: task.prompts]]
         resident.reset_peak()
         speed = measure_speed(
@@ -49,24 +49,24 @@ def _measure_gguf(task: Task) -> Measured:
         peak_mib = resident.peak_mib()
         answers = [model.generate(prompt, task.tokens) for prompt in prompts]
         return Measured(
-            losses=[_loss(model, example) for example in task.examples],
+            losses=[summed_loss(model, example) for example in task.examples],
             answers=answers,
             texts=[model.text(answer).strip() for answer in answers],
-            same_tokens=_same_tokens(model, prompts, task.answers),
+            same_tokens=same_tokens(model, prompts, task.answers),
             decode_tokens_per_s=statistics.median(speed.tokens_per_s),
             first_token_ms=statistics.median(speed.first_ms),
             resident_mib=peak_mib,
-            dtype=task.form,
+            dtype=file.stem.rpartition("-")[2],  # of an adapter alone, that of its base
         )
 
 
-def _check_prompts(model: Any, task: Task) -> None:
+def check_prompts(model: GgufModel, examples: Sequence[dict[str, Any]]) -> None:
     """Refuse a file that reads the text of a prompt as other tokens than those of training.
 
     Raises:
         ModelError: it does; its answers would be garbage.
     """
-    for example in task.examples:
+    for example in examples:
         if model.tokenize(example["prompt_text"]) != example["prompt_ids"]:
             raise ModelError(
                 "prompts must be the tokens of training, and llama.cpp reads some otherwise, such "
@@ -74,8 +74,8 @@ def _check_prompts(model: Any, task: Task) -> None:
             )
 
 
-def _same_tokens(
-    model: Any, prompts: Sequence[list[int]], answers: Sequence[list[int]] | None
+def same_tokens(
+    model: GgufModel, prompts: Sequence[list[int]], answers: Sequence[list[int]] | None
 ) -> float | None:
     """Return the share of the answers' tokens that a file would choose too."""
     if answers is None:
@@ -88,7 +88,7 @@ def _same_tokens(
     return share_of_same(chosen, answers)
 
 
-def _loss(model: Any, example: dict[str, Any]) -> float:
+def summed_loss(model: GgufModel, example: dict[str, Any]) -> float:
     """Return the summed loss (nats) of the supervised tokens of an example."""
     import numpy as np
 

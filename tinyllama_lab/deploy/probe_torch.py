@@ -21,7 +21,7 @@ from tinyllama_lab.core.meter import PeakMemory
 from tinyllama_lab.core.models.loading import Base, load_base
 from tinyllama_lab.deploy.completer import can_pack
 from tinyllama_lab.deploy.forms import Measured, Task, share_of_same
-from tinyllama_lab.study.exports import MERGED, TRAINED
+from tinyllama_lab.study.exports import TRAINED
 from tinyllama_lab.study.trial import TrialFolder
 
 _MICRO_BATCH = 640  # tokens
@@ -62,8 +62,8 @@ def measure_torch(task: Task) -> Measured:
 
 def _load(task: Task, science: Science) -> Base:
     model, quant = science.model, science.quant
-    if task.form == MERGED:
-        model = replace(model, source="local", path=task.path, name=MERGED)
+    if task.paths:
+        model = replace(model, source="local", path=task.paths[0], name=task.form)
         quant = replace(quant, kind="none", double=False)
     return load_base(model, quant, science.train.precision, task.device)
 

@@ -9,7 +9,10 @@ from pathlib import Path
 
 from tinyllama_lab.study.files import write_atomic
 
-BASE, TRAINED, MERGED = "base", "adapter", "merged"  # forms; others are types of GGUF files
+# forms of a model; all others are types of GGUF files with a whole model
+BASE, TRAINED = "base", "adapter"
+MERGED, ORIGINAL = "merged", "original"  # into weights of training, or those before quantization
+LORA = "lora"  # an adapter alone in a GGUF file, beside that of its base
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class ExportRow:
 
 @dataclass(frozen=True)
 class Exports:
-    """The exports in a folder, which is a trial's `deploy_dir`."""
+    """The exports in a folder: the `deploy_dir` of a trial, or of a study for shared ones."""
 
     folder: Path
 
@@ -43,6 +46,16 @@ class Exports:
     def merged_dir(self) -> Path:
         """The base with the adapter in its weights, as transformers saves a model."""
         return self.folder / "merged"
+
+    @property
+    def original_dir(self) -> Path:
+        """The same with the weights that a quantized base had before quantization."""
+        return self.folder / "merged-original"
+
+    @property
+    def lora_file(self) -> Path:
+        """The adapter alone, for llama.cpp."""
+        return self.folder / "adapter.gguf"
 
     @property
     def measured_file(self) -> Path:
@@ -57,6 +70,10 @@ class Exports:
     def gguf_file(self, kind: str) -> Path:
         """Return the GGUF file with weights of a type, such as `q4_0`."""
         return self.folder / f"model-{kind}.gguf"
+
+    def base_file(self, key: str, kind: str) -> Path:
+        """Return the GGUF file of a base without adapter; `key` tells several bases apart."""
+        return self.folder / f"base-{key}-{kind}.gguf"
 
     def write_measured(self, rows: Sequence[ExportRow]) -> None:
         """Record how the exports compare."""

@@ -114,6 +114,11 @@ class StudyFolder:
         return self.report_dir / "table.csv"
 
     @property
+    def deploy_dir(self) -> Path:
+        """The exports that several trials share; see `Exports`."""
+        return self.folder / "deploy"
+
+    @property
     def bases_dir(self) -> Path:
         """The evaluations of base models, which all studies below `root` share."""
         return self.root / "_base"

@@ -27,6 +27,7 @@ from tinyllama_lab.errors import DataError
 from tinyllama_lab.study.evaluations import HELDOUT
 from tinyllama_lab.study.trial import digest
 
+STYLE = "style"  # the fact that names the `data.style` of the rows, recognised or typed
 _BINS = 12  # of the histogram of lengths, at most
 _TRIED = 4  # times `data.eval_n` rows, among which those for confirmation are looked for
 
@@ -343,6 +344,7 @@ def _facts(train: list[Example], heldout: list[Example], examined: Examined) -> 
         "folded_rows": sum(e.is_folded for e in (*train, *heldout)),
         "trimmed_rows": sum(e.is_trimmed for e in (*train, *heldout)),
         "rows": examined.split.rows,
+        STYLE: examined.data.style,
         "unusable_rows": examined.unusable.counts.total(),
         "train_fingerprint": fingerprint(train),
         "eval_fingerprint": fingerprint(heldout),
