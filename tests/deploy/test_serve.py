@@ -107,6 +107,8 @@ class Client:
 
 
 CHAT = "/v1/chat/completions"
+USER = {"role": "user", "content": "a"}
+DRAWN: Json = {"model": "base", "temperature": 1.5, "seed": 3, "max_tokens": 40}  # a varied text
 
 
 def body_of(question: str, **fields: Any) -> Json:
@@ -222,8 +224,9 @@ def test_requests_of_all_models_at_once_are_answered_as_one_after_another(client
 
 
 def test_usage_counts_the_tokens_of_prompt_and_answer(client: Client) -> None:
-    answer = client.chat(max_tokens=7)
-    tokens = prompt_tokens(client, [{"role": "user", "content": "Book a room"}])
+    messages = [{"role": "system", "content": "Be brief."}, USER]
+    answer = client.chat(messages=messages, max_tokens=7)
+    tokens = prompt_tokens(client, messages)
     assert answer["choices"][0]["finish_reason"] == "length"
     assert answer["usage"] == {
         "prompt_tokens": tokens,
@@ -253,22 +256,27 @@ def prompt_tokens(client: Client, messages: list[Json]) -> int:
 
 
 def test_a_stop_string_ends_the_answer_before_it_and_no_part_of_it_is_sent(client: Client) -> None:
-    text = text_of(client.chat(model="base", max_tokens=40))
-    pieces = [e["choices"][0]["delta"].get("content", "") for e in client.stream(max_tokens=40)]
-    assert len(pieces) > 10  # so the strings below do cross the borders of tokens
-    for begin, end in ((5, 9), (8, 15), (0, 3)):
-        stop = text[begin:end]
+    text = text_of(client.chat(**DRAWN))
+    pieces = streamed(client.stream(**DRAWN))
+    assert "".join(pieces) == text and len(pieces) > 10
+    for number in (1, 4, 9):
+        stop = pieces[number][-2:] + pieces[number + 1][:2]  # of two tokens
         before = text[: text.index(stop)]
+        assert not any(stop in piece for piece in pieces)
         for stops in (stop, ["never said", stop]):
-            answer = client.chat(model="base", max_tokens=40, stop=stops)
+            answer = client.chat(**DRAWN, stop=stops)
             assert text_of(answer) == before
             assert answer["choices"][0]["finish_reason"] == "stop"
             assert answer["usage"]["completion_tokens"] < 40
-            events = client.stream(model="base", max_tokens=40, stop=stops)
-            streamed = [event["choices"][0]["delta"].get("content", "") for event in events]
-            assert "".join(streamed) == before
-    last = text[-4:] + "~~"  # begins in the text and never ends
-    assert text_of(client.chat(model="base", max_tokens=40, stop=last)) == text
+            assert "".join(streamed(client.stream(**DRAWN, stop=stops))) == before
+    unfinished = text[-4:] + "~~"
+    assert text_of(client.chat(**DRAWN, stop=unfinished)) == text
+
+
+def streamed(events: list[Json]) -> list[str]:
+    """Return the pieces of text of a stream."""
+    pieces = [event["choices"][0]["delta"].get("content", "") for event in events]
+    return [piece for piece in pieces if piece]
 
 
 def test_a_seed_gives_the_same_answer_again_and_none_gives_another(client: Client) -> None:
@@ -282,7 +290,6 @@ def test_a_seed_gives_the_same_answer_again_and_none_gives_another(client: Clien
 
 # ---- errors ----------------------------------------------------------------------------------
 
-USER = {"role": "user", "content": "a"}
 NEUTRAL: Json = {
     **{"n": 1, "top_p": 1.0, "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}},
     **{"user": "me", "stop": None, "seed": None, "tools": None, "logprobs": False},
@@ -435,6 +442,7 @@ def test_a_completer_that_cannot_be_emptied_ends_all_requests(service: Service) 
     with serving(service, Broken(service.assistant.completer, fail)) as client:
         assert client.ask(CHAT, body_of("a"))[0] == 500
         wait_until(lambda: client.ask(CHAT, body_of("a"))[0] == 503)
+        assert client.ask("/health")[0] == 503
 
 
 # ---- who may come in -------------------------------------------------------------------------
@@ -538,9 +546,9 @@ def test_the_command_prints_what_to_type_and_ends_in_the_middle_of_an_answer(
     first = process.stdout.readline()
     port = int(re.findall(r"http://127.0.0.1:(\d+) ", first)[0])
     client = Client(port, service)
-    body = body_of("a", model="base", stream=True, max_tokens=1900)
+    body = body_of("a", **{**DRAWN, "max_tokens": 1900}, stream=True)
     response = client.connect(CHAT, body).getresponse()
-    response.read(300)
+    response.read(1000)  # some tokens
     process.send_signal(signal.SIGTERM)
     rest = response.read().decode()
     out, err = process.communicate(timeout=60)

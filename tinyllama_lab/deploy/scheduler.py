@@ -12,7 +12,7 @@ from tinyllama_lab.errors import LabError
 
 logger = logging.getLogger(__name__)
 
-_STOPPING = "the server ends; ask again when it is back"
+_STOPPING = "this server takes no more requests; ask again when it was started again"
 
 
 class BusyError(LabError):
@@ -24,7 +24,7 @@ class FailedError(LabError):
 
 
 class StoppingError(LabError):
-    """The server ends."""
+    """The server ends, or cannot go on."""
 
 
 class Answer:
@@ -98,6 +98,11 @@ class Scheduler:
         """Return how many requests wait or run."""
         return len(self._new) + len(self._begun)
 
+    @property
+    def is_closed(self) -> bool:
+        """Return whether nothing can be asked any more."""
+        return self._is_closed
+
     def begin(self, request: Request) -> Answer:
         """Put a request into the queue; called in an event loop.
 
@@ -127,19 +132,30 @@ class Scheduler:
 
     def _run(self) -> None:
         try:
-            while self._wait():
-                try:
-                    self._step()
-                except Exception as error:  # the server lives on, with an empty completer
-                    logger.exception("the model failed; the requests in progress end")
-                    reason = f"{type(error).__name__}: {error}"
-                    self._end_all(FailedError(f"the model failed while it answered: {reason}"))
-                    self._completer.clear()
-        finally:  # also after an error of `clear`, without which nothing can go on
+            while self._wait() and self._survives_step():
+                pass
+        finally:
             with self._changed:
                 self._is_closed = True
-            self._wait()
+            self._wait()  # takes what came meanwhile
             self._end_all(StoppingError(_STOPPING))
+
+    def _survives_step(self) -> bool:
+        """Take a step; after a failure, end all requests and return whether to go on."""
+        try:
+            self._step()
+            return True
+        except Exception as error:
+            logger.exception("the model failed; the requests in progress end")
+            reason = f"{type(error).__name__}: {error}"
+        try:  # out of the block above, whose error holds the tensors of its frames
+            self._completer.clear()
+            return True
+        except Exception:
+            logger.exception("the model cannot go on; start the server again")
+            return False
+        finally:
+            self._end_all(FailedError(f"the model failed while it answered: {reason}"))
 
     def _wait(self) -> bool:
         """Wait for work, and take new requests; return whether to go on."""

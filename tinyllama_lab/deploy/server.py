@@ -111,6 +111,8 @@ def create_app(service: Service) -> FastAPI:
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
+        if service.scheduler.is_closed:
+            raise ApiError(503, "the model cannot go on; start the server again", "server_ends")
         return {"status": "ok", "in_progress": service.scheduler.in_progress}
 
     @app.get("/")
