@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -32,6 +33,8 @@ from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.study.trial import TrialFolder, trial_key
 
 TOKENS = 400
+_NAMES = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, _NAMES)), None)
 Json = dict[str, Any]
 
 
@@ -585,3 +588,107 @@ def test_openais_own_client_is_served(client: Client) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         own.chat.completions.create(**question, top_p=0.5)
     assert refused.value.param == "top_p"
+
+
+# ---- the chat page ---------------------------------------------------------------------------
+
+EVIL = "</div><script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'> <b>end</b>"
+
+
+class Evil:
+    """An assistant whose answers are markup."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def text_stream(self) -> Any:
+        class Stream:
+            def push(self, token: int) -> str:
+                return EVIL
+
+            def end(self) -> str:
+                return ""
+
+        return Stream()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Start a headless Chromium."""
+    if CHROMIUM is None:
+        pytest.skip("no Chromium is installed; CHROMIUM names one")
+    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+    with playwright.sync_playwright() as driver:
+        running = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield running
+        running.close()
+
+
+@contextmanager
+def opened(browser: Any, client: Client, **options: Any) -> Iterator[Any]:
+    """Open the page with its models; an error in the browser fails the test."""
+    context = browser.new_context(**options)
+    page, complaints, asked = context.new_page(), [], set[str]()
+    page.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("request", lambda request: asked.add(request.url))
+    address = f"http://127.0.0.1:{client.port}/"
+    page.goto(address)
+    yield page
+    context.close()
+    assert all(url.startswith((address, "data:")) for url in asked)
+    assert [text for text in complaints if "401" not in text] == []
+
+
+def question(page: Any, text: str) -> None:
+    page.fill("#question", text)
+    page.press("#question", "Enter")
+
+
+@pytest.mark.slow
+def test_the_page_shows_the_answers_of_an_adapter_and_of_the_base(
+    client: Client, browser: Any
+) -> None:
+    with opened(browser, client, viewport={"width": 390, "height": 700}) as page:
+        page.locator("#model option").nth(2).wait_for(state="attached")
+        assert page.input_value("#model") == client.service.models[0]
+        page.check("#compare")
+        page.click("summary")
+        page.fill("#tokens", "9")
+        page.fill("#system", "Be brief.")
+        question(page, "Book a room")
+        page.get_by_text("9 tokens, ").nth(1).wait_for()
+        messages = [{"role": "system", "content": "Be brief."}]
+        messages.append({"role": "user", "content": "Book a room"})
+        wanted = [
+            text_of(client.chat(model=model, messages=messages, max_tokens=9))
+            for model in (client.service.models[0], "base")
+        ]
+        assert page.locator(".text").all_text_contents() == wanted
+        assert page.locator(".facts", has_text="tokens/s").count() == 2
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        page.click("#reset")
+        assert page.locator(".turn").count() == 0
+
+
+@pytest.mark.slow
+def test_markup_in_an_answer_is_text_and_the_page_asks_for_the_token(
+    service: Service, browser: Any
+) -> None:
+    evil: Any = Evil(service.assistant)
+    with serving(replace(service, assistant=evil, token="secret")) as client:
+        with opened(browser, client) as page:
+            page.get_by_text("this server wants its token").wait_for()
+            page.fill("#token", "secret")
+            page.press("#token", "Tab")
+            page.locator("#model option").nth(2).wait_for(state="attached")
+            page.fill("#tokens", "2")
+            question(page, EVIL)
+            page.get_by_text("2 tokens, ").wait_for()
+            assert page.locator(".text").text_content() == EVIL * 2
+            assert page.locator(".question").text_content() == EVIL
+            assert page.evaluate("window.hacked") is None
+            assert page.locator("main img, main script, main b").count() == 0
