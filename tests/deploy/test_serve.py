@@ -26,7 +26,7 @@ from tinyllama_lab.deploy.__main__ import main
 from tinyllama_lab.deploy.completer import Completion
 from tinyllama_lab.deploy.scheduler import Scheduler
 from tinyllama_lab.deploy.selection import select
-from tinyllama_lab.deploy.serve import Address, HttpServer, load
+from tinyllama_lab.deploy.serve import Address, HttpServer, load, vllm_command
 from tinyllama_lab.deploy.server import MOST_BYTES, Service
 from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.study.study import StudyFolder
@@ -291,6 +291,24 @@ def test_a_seed_gives_the_same_answer_again_and_none_gives_another(client: Clien
     assert text_of(client.chat(temperature=0, seed=1)) == text_of(client.chat())
 
 
+def test_beside_an_adapter_that_needs_peft_all_are_served_in_turn(
+    study: StudyFolder, client: Client
+) -> None:
+    said: list[str] = []
+    assistant, served = load(select(study.root, "tiny", "r=3"), "cpu", said.append)
+    models = tuple(each.label for each in served)
+    service = replace(client.service, assistant=assistant, models=models)
+    with serving(service) as own, ThreadPoolExecutor(4) as pool:
+        assert set(models) > set(client.service.models) and said == []
+        work = [pool.submit(own.chat, model=model) for model in (*models, "base")]
+        texts = [text_of(each.result()) for each in work]
+    packed = [text_of(client.chat(model=model)) for model in client.service.models]
+    assert set(packed) < set(texts) and len(set(texts)) == 4
+    line = vllm_command(service, served)
+    assert all(model in line for model in client.service.models) and models[0] not in line
+    assert vllm_command(service, served[:1]) == ""
+
+
 # ---- errors ----------------------------------------------------------------------------------
 
 NEUTRAL: Json = {
@@ -547,7 +565,8 @@ def test_the_command_prints_what_to_type_and_ends_in_the_middle_of_an_answer(
     )
     assert process.stdout is not None
     first = process.stdout.readline()
-    port = int(re.findall(r"http://127.0.0.1:(\d+) ", first)[0])
+    assert (found := re.search(r"http://127.0.0.1:(\d+) ", first)), process.communicate()[1]
+    port = int(found[1])
     client = Client(port, service)
     body = body_of("a", **{**DRAWN, "max_tokens": 1900}, stream=True)
     response = client.connect(CHAT, body).getresponse()

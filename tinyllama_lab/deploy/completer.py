@@ -179,7 +179,7 @@ class PackedCompleter:
             # sorted by adapter, as the engine wants its items
             joining.sort(key=lambda each: each.request.adapter or "")
             items = [WorkItem(self._adapter(each.request), each.example) for each in joining]
-            self._decoder.add(items, max(each.request.tokens for each in joining))
+            self._decoder.add(items, [each.request.tokens for each in joining])
             self._running |= zip(items, joining, strict=True)
 
     def _admitted(self) -> tuple[list[Completion], list[Completion]]:

@@ -14,6 +14,8 @@ logger = logging.getLogger(__name__)
 
 _STOPPING = "this server takes no more requests; ask again when it was started again"
 
+_PATIENCE_S = 3
+
 
 class BusyError(LabError):
     """As many requests are in progress as the server takes."""
@@ -124,11 +126,14 @@ class Scheduler:
         return answer
 
     def close(self) -> None:
-        """End all requests after the current token, and then the thread."""
+        """End all requests, and the thread after the current token."""
         with self._changed:
             self._is_closed = True
             self._changed.notify()
-        self._thread.join()
+        self._thread.join(_PATIENCE_S)
+        # still there where the thread reads a long prompt; it ends with the process
+        for answer in list(self._begun):
+            answer.send(StoppingError(_STOPPING))
 
     def _run(self) -> None:
         try:

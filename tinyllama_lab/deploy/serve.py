@@ -14,6 +14,7 @@ from typing import Any
 import uvicorn
 
 from tinyllama_lab.config.schema import Science, part
+from tinyllama_lab.config.variants import VARIANTS
 from tinyllama_lab.deploy.assistant import Assistant
 from tinyllama_lab.deploy.scheduler import Scheduler
 from tinyllama_lab.deploy.selection import Selection, named_adapters
@@ -22,6 +23,7 @@ from tinyllama_lab.errors import ConfigError, Interrupted, StudyError
 
 TOKEN_VARIABLE = "TINYLLAMA_LAB_TOKEN"
 _GRACE_S = 3  # for the last bytes of answers when the server ends
+# the values that its option takes
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
@@ -167,22 +169,29 @@ def _start_lines(service: Service, served: Sequence[Selection], url: str) -> lis
     curl = shlex.join(["curl", f"{url}/v1/chat/completions", *header, "-d", body])
     if token:  # in double quotes, in which the shell puts the variable
         curl += f' {token[0]} "{token[1]}"'
+    vllm = vllm_command(service, served)
     return [
         f"serving {url} (chat page), {url}/v1 (OpenAI's API); Ctrl-C ends it",
         f"models of study {service.study}:",
         *names,
         f"  {BASE:<10} is the model before training",
         f"try it:\n  {curl}",
-        f"on a GPU, for many users:\n  {vllm_command(service, served)}",
+        *([f"on a GPU, for many users:\n  {vllm}"] if vllm else []),
     ]
 
 
 def vllm_command(service: Service, served: Sequence[Selection]) -> str:
-    """Return the command that serves the same adapters with vLLM, quoted for a shell."""
-    ranks = [int(part(Science, each.trial.config).lora.r) for each in served]
-    # vLLM takes these ranks alone; a larger one than its largest cannot be served
-    rank = next((r for r in _VLLM_RANKS if r >= max(ranks)), max(ranks))
-    adapters = [f"{each.label}={each.trial.row.trial.adapter_dir}" for each in served]
+    """Return the command that serves the same adapters with vLLM, quoted for a shell.
+
+    It is empty where there are none that vLLM takes: it has no DoRA.
+    """
+    loras = [(each, part(Science, each.trial.config).lora) for each in served]
+    plain = [(each, lora) for each, lora in loras if not VARIANTS[lora.variant].not_packed]
+    if not plain:
+        return ""
+    highest = max(int(lora.r) for _, lora in plain)
+    rank = next((r for r in _VLLM_RANKS if r >= highest), highest)
+    adapters = [f"{each.label}={each.trial.row.trial.adapter_dir}" for each, _ in plain]
     base = str(service.assistant.base.model.name_or_path)
     options = ["--enable-lora", "--max-lora-rank", str(rank), "--lora-modules", *adapters]
     return shlex.join(["vllm", "serve", base, *options])

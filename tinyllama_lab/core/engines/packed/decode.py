@@ -43,10 +43,10 @@ class Decoder:
         self._values = [empty for _ in llama.layers]
 
     @torch.no_grad()
-    def add(self, items: Sequence[WorkItem[PackedAdapter]], tokens: int) -> None:
-        """Read the prompts of `items`, sorted by adapter, with room for `tokens` new ones each."""
+    def add(self, items: Sequence[WorkItem[PackedAdapter]], tokens: Sequence[int]) -> None:
+        """Read the prompts of `items`, sorted by adapter, with room for `tokens` new ones."""
         first, lengths = len(self.items), [len(item.example.prompt_ids) for item in items]
-        self._rooms += [length + tokens for length in lengths]
+        self._rooms += [length + new for length, new in zip(lengths, tokens, strict=True)]
         self._grow(len(items))
         logits = self._read_prompts(items, first)
         self.logits = torch.cat([self.logits, logits]) if first else logits
@@ -182,7 +182,7 @@ def decode(
     completions: list[list[int]] = [[] for _ in items]
     decoder, numbers = Decoder(llama), list(range(len(items)))  # which item a row belongs to
     choose = Chooser(sampling, [item.example for item in items], tokens)
-    decoder.add(items, tokens)
+    decoder.add(items, [tokens] * len(items))
     for count in range(1, tokens + 1):
         next_ids = choose(decoder.logits, numbers, count - 1)
         chosen_ids = next_ids.tolist()
