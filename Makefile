@@ -8,7 +8,7 @@ PIP    := $(RUN) -m pip install --disable-pip-version-check --quiet -c constrain
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor demo test lint ui sweep report chat deploy bench gpu-check clean
+.PHONY: help setup doctor demo test lint ui sweep report chat serve deploy bench gpu-check clean
 
 help:  ## Show the targets; all take ARGS
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -39,6 +39,9 @@ report: $(READY)  ## Write and show what a study came to: make report ARGS="stud
 
 chat: $(READY)  ## Talk to the recommended adapter: make chat ARGS='--once "Book a room"'
 	$(RUN) -m tinyllama_lab.deploy chat $(ARGS)
+
+serve: $(READY)  ## Answer in OpenAI's API, with a chat page on http://127.0.0.1:8000
+	$(RUN) -m tinyllama_lab.deploy serve $(ARGS)
 
 deploy: $(READY)  ## Merge it, write it for llama.cpp, and measure every export again
 	@$(RUN) -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("llama_cpp"))' \

@@ -9,6 +9,7 @@ import torch
 
 from tests.llamas import base_of, llama, settings
 from tests.packs import take_off_adapters
+from tinyllama_lab.core.engines.packed.engine import PackedEngine
 from tinyllama_lab.core.engines.sampling import TokenSampling
 from tinyllama_lab.deploy.completer import (
     Completer,
@@ -22,6 +23,7 @@ from tinyllama_lab.errors import StudyError
 from tinyllama_lab.study.trial import TrialFolder
 
 NAMES = ("r=2", "r=4")
+LASTING = tuple(range(5, 15))  # the tiny base goes on for long after it
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +124,48 @@ def test_more_requests_than_rows_wait_for_their_turn(
     assert len(completer.step()) == 2
     run_all(completer)
     assert all(c.ids == expected(tiny_base, None, c.request.prompt_ids, 6) for c in begun)
+
+
+def test_a_long_request_that_left_takes_no_room_of_later_ones(tiny_base: Any) -> None:
+    completer = PackedCompleter(tiny_base)
+    long, short = (completer.begin(Request(None, LASTING, tokens)) for tokens in (1000, 20))
+    completer.step()
+    long.reason = "cancelled"
+    late = completer.begin(Request(None, LASTING, 20))
+    completer.step()
+    assert {keys.shape[2] for keys in completer._decoder._keys} == {30}
+    run_all(completer)
+    for each in (short, late):
+        assert each.ids == expected(tiny_base, None, each.request.prompt_ids, 20)
+
+
+def test_a_cleared_completer_forgets_its_completions_and_goes_on(
+    completer: Completer, tiny_base: Any
+) -> None:
+    before = completer.begin(Request("r=2", tuple(range(7, 15)), 12))
+    completer.step()
+    completer.clear()
+    assert completer.is_idle and len(before.ids) == 1
+    after = completer.begin(Request(None, tuple(range(7, 15)), 6))
+    run_all(completer)
+    take_off_adapters(tiny_base.model)
+    assert len(before.ids) == 1
+    assert after.ids == expected(tiny_base, None, tuple(range(7, 15)), 6)
+
+
+def test_a_frozen_adapter_takes_the_memory_of_its_weights_alone() -> None:
+    base = base_of(llama().bfloat16())
+    base.dtype = torch.bfloat16
+    adapter = PackedEngine(base).add(settings(r=4), 0)
+    adapter.freeze()
+    tensors = adapter.flat, adapter.compute_weights, adapter.gradients
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors
+    }
+    sizes = sum(storage.nbytes() for storage in storages.values())
+    assert adapter.compute_weights.dtype == torch.bfloat16
+    assert sizes <= 2 * adapter.layout.size + 4
+    assert adapter.flat.grad is None
 
 
 def test_an_adapter_of_another_base_is_refused(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -31,6 +32,7 @@ python -m tinyllama_lab.deploy chat [study=ranks] [trial=best]
 
   (nothing)  merge, write GGUF files, measure all of them beside the adapter as trained
   chat       talk to the adapter; --once "question" prints one answer
+  serve      OpenAI's API and a chat page, over the base and all adapters of the study
   merge      write the base with the adapter in its weights, as transformers saves a model
   gguf       write the merged model for llama.cpp and Ollama, with a Modelfile
   card       write the adapter's README: data, settings, results, verdicts, licences
@@ -42,6 +44,8 @@ python -m tinyllama_lab.deploy chat [study=ranks] [trial=best]
 
 chat:      --once "question", system="...", tokens=256 (the most of an answer), temperature=0,
            seed=0, device=auto (or cpu, cuda)
+serve:     port=8000 (0: a free one), host=127.0.0.1, token="..." (or TINYLLAMA_LAB_TOKEN in the
+           environment), queue=64 (the most requests in progress), tokens=512, device=auto
 merge:     to=<folder>, into=dequantized (for a quantized base; or original), force=false
 gguf:      types=f16,q8_0,q4_0 (also q4_k_m, and lora: the adapter alone, beside one file of the
            base for all trials of the study), base=f16 (the type of that file), force=false
@@ -50,9 +54,14 @@ push:      to=<user/name>, private=true (if it is new), license=<that of base an
 (nothing)  as gguf with types=f16,q8_0,q4_0,q4_k_m, and device=auto"""
 
 
+_LAST_PORT = 65535
 _COMMON = {"study": "", "trial": RECOMMENDED, "sweeps_dir": SWEEPS_DIR}
 _DEVICE = {"device": "auto"}
 _CHAT = {"once": "", "system": "", "tokens": "256", "temperature": "0", "seed": "0", **_DEVICE}
+_SERVE = {
+    **{"port": "8000", "host": "127.0.0.1", "token": "", "queue": "64", "tokens": "512"},
+    **_DEVICE,
+}
 _MERGE = {"to": "", "into": "dequantized", "force": "false"}
 _GGUF = {"types": "f16,q8_0,q4_0", "base": "f16", "force": "false"}
 _CARD = {"license": "", "force": "false"}
@@ -152,6 +161,20 @@ def _chat(arguments: Sequence[str]) -> None:
         chat.loop()
 
 
+def _serve(arguments: Sequence[str]) -> None:
+    options = Options(arguments, _SERVE)
+    port = int(options.number("port", 0, int))
+    if port > _LAST_PORT:
+        raise ConfigError([f"port must be at most {_LAST_PORT}, got {port}"])
+    most = int(options.number("queue", 1, int)), int(options.number("tokens", 1, int))
+    device = options.device()
+    selection = options.selection()
+    from tinyllama_lab.deploy.serve import TOKEN_VARIABLE, Address, serve
+
+    token = options.text("token") or os.environ.get(TOKEN_VARIABLE, "")
+    serve(selection, Address(options.text("host"), port, token), device, most, say)
+
+
 def _merge(arguments: Sequence[str]) -> None:
     options = Options(arguments, _MERGE)
     into, force = options.choice("into", ("dequantized", "original")), options.flag("force")
@@ -232,6 +255,7 @@ def _push(arguments: Sequence[str]) -> None:
 
 _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "chat": _chat,
+    "serve": _serve,
     "merge": _merge,
     "gguf": _gguf,
     "card": _card,

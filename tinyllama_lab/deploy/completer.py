@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import peft
 import torch
+from safetensors import SafetensorError
 
 from tinyllama_lab.config.schema import Science, part
 from tinyllama_lab.config.variants import VARIANTS
@@ -29,6 +30,7 @@ from tinyllama_lab.errors import ModelError, StudyError
 from tinyllama_lab.study.trial import TrialFolder
 
 MOST_ROWS = 32  # completions at the same time
+_UNFIT = (RuntimeError, ValueError, KeyError, ModelError)
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,9 @@ class Completer(Protocol):
     def step(self) -> list[Completion]:
         """Take one token for every completion that has a row, and return these completions."""
 
+    def clear(self) -> None:
+        """Forget all completions, and free their keys and values."""
+
     @property
     def is_idle(self) -> bool:
         """Return whether nothing is waiting or in progress."""
@@ -128,8 +133,10 @@ class PackedCompleter:
                 f"start again with trial={trial.key}"
             )
         with _fitting(trial):
-            adapter = self._engine.add(science.lora, science.seed)
+            # one seed for all: PEFT's initial values, made once, are overwritten
+            adapter = self._engine.add(science.lora, 0)
             adapter.load(trial.adapter_dir)
+        adapter.freeze()
         self._adapters[name] = adapter
 
     def begin(self, request: Request) -> Completion:
@@ -152,6 +159,11 @@ class PackedCompleter:
             self._decoder.step(torch.tensor([chosen[n] for n in alive], device=self._base.device))
         return stepped
 
+    def clear(self) -> None:
+        """Forget all completions, and free their keys and values."""
+        self._waiting, self._running = [], {}
+        self._decoder = Decoder(self._engine.llama)
+
     @property
     def is_idle(self) -> bool:
         """Return whether nothing is waiting or in progress."""
@@ -167,7 +179,7 @@ class PackedCompleter:
             # sorted by adapter, as the engine wants its items
             joining.sort(key=lambda each: each.request.adapter or "")
             items = [WorkItem(self._adapter(each.request), each.example) for each in joining]
-            self._decoder.add(items, max(each.request.tokens for each in joining))
+            self._decoder.add(items, [each.request.tokens for each in joining])
             self._running |= zip(items, joining, strict=True)
 
     def _admitted(self) -> tuple[list[Completion], list[Completion]]:
@@ -240,6 +252,10 @@ class PeftCompleter:
         completion.take(output.logits[0, -1], self._base.end_ids)
         return [completion]
 
+    def clear(self) -> None:
+        """Forget all completions, and free their keys and values."""
+        self._queue, self._past = [], None
+
     @property
     def is_idle(self) -> bool:
         """Return whether nothing is waiting or in progress."""
@@ -263,7 +279,7 @@ def _fitting(trial: TrialFolder) -> Iterator[None]:
     """Turn the errors of an adapter that does not fit the base into one sentence."""
     try:
         yield
-    except (RuntimeError, ValueError, KeyError, ModelError) as error:
+    except (*_UNFIT, FileNotFoundError, SafetensorError) as error:
         raise StudyError(
             f"{trial.adapter_dir} must hold the adapter that was trained on this base, and it "
             f"does not fit ({' '.join(str(error).split())[:200]}); run the trial's command again"

@@ -70,6 +70,14 @@ def same_study(selection: Selection, wanted: str) -> Selection:
     return select(selection.study.root, selection.study.name, wanted)
 
 
+def named_adapters(selection: Selection) -> list[Selection]:
+    """Return every done trial of the study, the selected one first; labels are folders' names."""
+    study = load_study(selection.study.name, selection.study.root)
+    trials = [t for t in (*study.trials, *study.confirmation_trials) if t.state == "done"]
+    trials.sort(key=lambda trial: trial.key != selection.trial.key)
+    return [Selection(selection.study, t, t.folder.name, "all that are done") for t in trials]
+
+
 def _trial(study: Study, wanted: str) -> tuple[Trial, str]:
     """Return the trial that a text names, and why it is that one."""
     if wanted == RECOMMENDED:

@@ -102,6 +102,15 @@ class PackedAdapter:
         )
         self.module_numbers = frozenset(numbers[name] for name in self.layout.offsets)
 
+    def freeze(self) -> None:
+        """Free what only training needs: gradients, and float32 weights that are only updated."""
+        storage = self._storage
+        storage.weights = storage.compute_weights
+        # one element that every view of a gradient shows, since nothing is added to it any more
+        storage.gradients = torch.zeros(1, device=storage.weights.device).expand(self.layout.size)
+        self.flat = nn.Parameter(storage.weights, requires_grad=False)
+        self._pairs.clear()
+
     @property
     def trainable_params(self) -> int:
         """Return the number of trained values, without the gaps between matrices."""

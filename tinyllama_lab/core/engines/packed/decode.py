@@ -37,15 +37,17 @@ class Decoder:
         self.items: list[WorkItem[PackedAdapter]] = []
         self.logits = torch.empty(0, 0, device=llama.device)
         self._lengths: list[int] = []  # positions in use of every row
+        self._rooms: list[int] = []  # positions that every row may come to use
         empty = torch.empty(0, heads.keys, 0, heads.size, dtype=llama.dtype, device=llama.device)
         self._keys = [empty for _ in llama.layers]  # [rows, heads, positions, size]
         self._values = [empty for _ in llama.layers]
 
     @torch.no_grad()
-    def add(self, items: Sequence[WorkItem[PackedAdapter]], tokens: int) -> None:
-        """Read the prompts of `items`, sorted by adapter, with room for `tokens` new ones each."""
+    def add(self, items: Sequence[WorkItem[PackedAdapter]], tokens: Sequence[int]) -> None:
+        """Read the prompts of `items`, sorted by adapter, with room for `tokens` new ones."""
         first, lengths = len(self.items), [len(item.example.prompt_ids) for item in items]
-        self._grow(len(items), max(lengths) + tokens)
+        self._rooms += [length + new for length, new in zip(lengths, tokens, strict=True)]
+        self._grow(len(items))
         logits = self._read_prompts(items, first)
         self.logits = torch.cat([self.logits, logits]) if first else logits
         self.items += items
@@ -77,21 +79,24 @@ class Decoder:
         """Keep only `rows`, in this order."""
         self.items = [self.items[row] for row in rows]
         self._lengths = [self._lengths[row] for row in rows]
+        self._rooms = [self._rooms[row] for row in rows]
         index = torch.tensor(rows, dtype=torch.long, device=self.logits.device)
         self.logits = self.logits[index]
         for layer in range(len(self._keys)):  # one at a time: both copies of all do not fit
             self._keys[layer] = self._keys[layer].index_select(0, index)
             self._values[layer] = self._values[layer].index_select(0, index)
 
-    def _grow(self, rows: int, room: int) -> None:
-        """Make room for more rows, and for `room` positions in all rows."""
+    def _grow(self, rows: int) -> None:
+        """Make room for more rows, at the length that the longest of all rows may come to."""
         # at full length from the start: growing it would copy the cache for every token
+        positions = max(self._rooms)
         for caches in (self._keys, self._values):
             for layer, old in enumerate(caches):
-                count, heads, positions, size = old.shape
-                shape = (count + rows, heads, max(room, positions), size)
-                caches[layer] = old.new_zeros(shape)
-                caches[layer][:count, :, :positions] = old
+                count, heads, before, size = old.shape
+                caches[layer] = old.new_zeros(count + rows, heads, positions, size)
+                # a row that left may have had more positions
+                kept = min(before, positions)
+                caches[layer][:count, :, :kept] = old[:, :, :kept]
 
     def _sort(self) -> None:
         """Sort the rows by adapter, so that one matmul serves all rows of an adapter."""
@@ -177,7 +182,7 @@ def decode(
     completions: list[list[int]] = [[] for _ in items]
     decoder, numbers = Decoder(llama), list(range(len(items)))  # which item a row belongs to
     choose = Chooser(sampling, [item.example for item in items], tokens)
-    decoder.add(items, tokens)
+    decoder.add(items, [tokens] * len(items))
     for count in range(1, tokens + 1):
         next_ids = choose(decoder.logits, numbers, count - 1)
         chosen_ids = next_ids.tolist()
