@@ -563,7 +563,7 @@ def test_the_command_prints_what_to_type_and_ends_in_the_middle_of_an_answer(
         stderr=subprocess.PIPE,
         text=True,
     )
-    assert process.stdout is not None
+    assert process.stdout is not None and process.stderr is not None
     first = process.stdout.readline()
     assert (found := re.search(r"http://127.0.0.1:(\d+) ", first)), process.communicate()[1]
     port = int(found[1])
@@ -573,8 +573,9 @@ def test_the_command_prints_what_to_type_and_ends_in_the_middle_of_an_answer(
     response.read(1000)  # some tokens
     process.send_signal(signal.SIGTERM)
     rest = response.read().decode()
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+    # `communicate` would not return what `readline` has buffered
+    out, err = process.stdout.read(), process.stderr.read()
+    assert process.wait(60) == 130, err
     assert '"code": "server_ends"' in rest
     assert "stopped" in err and "Traceback" not in err
     assert "curl http://127.0.0.1" in out and service.models[1] in out
