@@ -100,7 +100,7 @@ def read_independently(file: Path) -> LlamaForCausalLM:
                 if inner[rest] in ("attn_q", "attn_k"):
                     starts = np.arange(0, len(stored), size)[:, None]
                     stored = stored[(starts + halves).ravel()]
-            parameter.copy_(torch.from_numpy(np.ascontiguousarray(stored)))
+            parameter.copy_(torch.from_numpy(np.array(stored)))
     return model
 
 
