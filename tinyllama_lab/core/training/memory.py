@@ -44,6 +44,7 @@ class Planner:
         self._mib_per_token: float | None = None
         self._predicted_mib = 0.0
         self._longest_tokens = 1
+        self._largest_tokens = 0  # of a micro-batch so far
         self.checkpointing = context.hardware.gradient_checkpointing
         self.max_concurrent: int | None = engine.max_concurrent
         self._fitting_tokens: int | None = None  # of a micro-batch that had to shrink
@@ -180,6 +181,7 @@ class Planner:
             adapters: MiB of every adapter in the step.
             tokens: of the step's largest micro-batch.
         """
+        self._largest_tokens = max(self._largest_tokens, tokens)
         peak = self._baseline_mib + sum(adapters) + self._activations_mib(tokens)
         self._predicted_mib = max(self._predicted_mib, peak)
 
@@ -197,6 +199,9 @@ class Planner:
         return {
             "micro_batch_tokens": self._context.micro_batch_tokens,
             "gradient_checkpointing": self.checkpointing,
+            "baseline_mib": round(self._baseline_mib),
+            "kept_mib_per_token": round(self._mib_per_token or 0.0, 6),
+            "largest_micro_batch": self._largest_tokens,
         }
 
     def _count_fitting(
