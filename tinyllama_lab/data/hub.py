@@ -208,6 +208,25 @@ def chat_template(repo: str, commit: str) -> str | None:
     return chat_template_of(Path(folder))
 
 
+def config_folder(repo: str, commit: str) -> Path:
+    """Return a folder with the `config.json` of a model, the only file that is fetched.
+
+    Raises:
+        ModelError: it is neither in the cache nor on the hub.
+    """
+    cached = _repo_folder(repo, commit, "model") / "snapshots" / commit
+    if (cached / "config.json").is_file():
+        return cached
+    if _offline():
+        raise _unavailable(repo, "model", "HF_HUB_OFFLINE forbids connections to the hub")
+    try:
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(repo, "config.json", revision=commit)).parent
+    except Exception as error:  # errors of the client and of its transport share no base class
+        raise _failed(error, repo, commit, "model") from error
+
+
 def is_repository(name: str) -> bool:
     """Return whether a name is a valid repository name of the hub."""
     return _REPO.fullmatch(name) is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,11 +87,20 @@ class Planned:
     @property
     def evaluation_work(self) -> float:
         """The part of `work` that comes after training, in forward passes of one row."""
-        settings = self.config["eval"]
-        timed = settings["latency_tokens"] * (2 + settings["latency_batch"] / 4)
-        # rough weights: a decoded token costs about 1/8 of a forward pass of a row
-        generated = settings["generations"] * settings["max_new_tokens"] / 8 + timed
-        return float(self.config["data"]["eval_n"] + generated)
+        return evaluation_work(self.config["eval"], self.config["data"]["eval_n"])
+
+
+def evaluation_work(settings: Mapping[str, Any], rows: int) -> float:
+    """Return the cost of an evaluation in forward passes of one row.
+
+    Args:
+        settings: the group `eval`.
+        rows: that are scored.
+    """
+    timed = settings["latency_tokens"] * (2 + settings["latency_batch"] / 4)
+    # rough weights: a decoded token costs about 1/8 of a forward pass of a row
+    generated = settings["generations"] * settings["max_new_tokens"] / 8 + timed
+    return float(rows + generated)
 
 
 @dataclass

@@ -31,7 +31,7 @@ from tinyllama_lab.sweep.execution import lock
 from tinyllama_lab.sweep.execution.display import Display
 from tinyllama_lab.sweep.execution.interrupts import Interrupts
 from tinyllama_lab.sweep.execution.schedule import Scheduler
-from tinyllama_lab.sweep.execution.slots import find_slots
+from tinyllama_lab.sweep.execution.slots import check_runs_here, find_slots
 from tinyllama_lab.sweep.execution.source import TrialSource
 from tinyllama_lab.sweep.launchers import Workers, workers
 from tinyllama_lab.sweep.plan import Plan, Planned, check_cells, data_hint, make_plan
@@ -94,6 +94,7 @@ def run_grid(cells: Sequence[Cell], launcher: str, workdir: Path) -> list[Result
     notes = list(grid.notes)
     configs = check_cells(grid.cells, notes)
     first = configs[0]
+    check_runs_here(first.hardware)
     # all cells share `study` and `sweeps_dir`, as `check_cells` has made sure
     study = StudyFolder(workdir / first.sweeps_dir, first.study)
     with session.locked(study):

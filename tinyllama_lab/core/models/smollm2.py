@@ -10,9 +10,13 @@ import importlib.metadata
 import importlib.util
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tinyllama_lab.data.cache import SMOLLM2, SMOLLM2_PACKAGE, made_once
 from tinyllama_lab.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
 
 REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the same model on the hub
 
@@ -20,6 +24,13 @@ REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the same model on the hub
 def folder() -> Path:
     """Return the folder of the safetensors copy; the first call creates it."""
     return made_once(SMOLLM2.format(version=importlib.metadata.version(SMOLLM2_PACKAGE)), _convert)
+
+
+def config() -> LlamaConfig:
+    """Return the configuration, without unpacking the weights."""
+    from tinyllama_lab.core.models.gguf_llama import read_config  # late, as below
+
+    return read_config(_gguf_file())
 
 
 def quantization() -> str:

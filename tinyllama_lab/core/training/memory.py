@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -64,17 +64,7 @@ class Planner:
 
     def measure(self, adapter: Adapter, example: Example) -> None:
         """Measure the activations per token that one example keeps for backward; train nothing."""
-        storages: dict[int, torch.UntypedStorage] = {}
         parameters = [*self._context.base.model.parameters(), *adapter.parameters]
-        # autograd keeps references to weights too, which take no additional memory
-        weights = {parameter.untyped_storage().data_ptr() for parameter in parameters}
-
-        def note(tensor: torch.Tensor) -> None:
-            """Keep the storage alone: a node that holds its own result is never freed."""
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in weights:
-                storages[storage.data_ptr()] = storage
-
         if self._engine.grows_evenly:
             # kept activations may take more memory here than training with checkpointing will
             last = slice(-MEASURED_TOKENS, None)
@@ -82,19 +72,22 @@ class Planner:
         random_state = self._engine.random_state()
         # with checkpointing, autograd would keep the inputs of blocks and nothing of their inside
         self._engine.checkpoint_activations(False)
+
+        def run() -> None:
+            items = [WorkItem(adapter, example)]
+            if unless_out_of_memory(lambda: self._engine.example_losses(items)) is None:
+                # one example does not fit: use the storages recorded until then
+                self.checkpointing = True
+
         try:
-            # nothing is kept for autograd itself, because no backward follows
-            hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda stored: stored)
-            with torch.enable_grad(), hooks:
-                items = [WorkItem(adapter, example)]
-                if unless_out_of_memory(lambda: self._engine.example_losses(items)) is None:
-                    # one example does not fit: use the storages recorded until then
-                    self.checkpointing = True
+            self.assume(kept_mib(run, parameters) / len(example.ids))
         finally:
             self._engine.checkpoint_activations(self.checkpointing)
             self._engine.set_random_state(random_state)
-        storage_bytes = sum(storage.nbytes() for storage in storages.values())
-        self._mib_per_token = storage_bytes / len(example.ids) / MIB
+
+    def assume(self, mib_per_token: float) -> None:
+        """Set the MiB that a token keeps for backward, where it is known without `measure`."""
+        self._mib_per_token = mib_per_token
 
     def plan_training(self, adapters: Sequence[float], longest: int, fixed: bool) -> int:
         """Return how many of the adapters fit, and set the size of the micro-batch.
@@ -185,6 +178,20 @@ class Planner:
         peak = self._baseline_mib + sum(adapters) + self._activations_mib(tokens)
         self._predicted_mib = max(self._predicted_mib, peak)
 
+    def scoring_mib(self, adapters: Sequence[float], tokens: int, cache_mib: float) -> float:
+        """Return the peak of scoring adapters.
+
+        Args:
+            adapters: MiB of each, without the moments of its optimizer.
+            tokens: of the largest micro-batch.
+            cache_mib: keys and values of the largest generation.
+        """
+        layers = self._context.base.model.config.num_hidden_layers
+        block = tokens * (self._mib_per_token or 0.0) / layers
+        slack = HEAP_SLACK if self._context.base.device.type == "cpu" else 1.0
+        passes = slack * BLOCKS_IN_HAND * block + LOGITS_MIB
+        return self._baseline_mib + sum(adapters) + max(passes, slack * cache_mib)
+
     def predicted(self) -> dict[str, float]:
         """Return the highest predicted peak so far, as a metric in MiB."""
         return {"memory/predicted_mib": self._predicted_mib}
@@ -229,6 +236,29 @@ class Planner:
             activations = block + inputs
         slack = HEAP_SLACK if self._context.base.device.type == "cpu" else 1.0
         return slack * (activations + BLOCKS_IN_HAND * block) + LOGITS_MIB
+
+
+def kept_mib(run: Callable[[], object], parameters: Iterable[torch.Tensor]) -> float:
+    """Return MiB of the storages that autograd keeps for backward of what `run` computes.
+
+    Args:
+        run: a forward pass; no backward follows it.
+        parameters: weights, which autograd refers to as well, and which take no more memory.
+    """
+    storages: dict[int, torch.UntypedStorage] = {}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+
+    def note(tensor: torch.Tensor) -> None:
+        """Keep the storage alone: a node that holds its own result is never freed."""
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            storages[storage.data_ptr()] = storage
+
+    # nothing is kept for autograd itself, because no backward follows
+    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda stored: stored)
+    with torch.enable_grad(), hooks:
+        run()
+    return sum(storage.nbytes() for storage in storages.values()) / MIB
 
 
 def keep_freed_memory() -> None:

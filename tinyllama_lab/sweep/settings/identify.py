@@ -264,6 +264,8 @@ def harness_problem(config: Science) -> str | None:
 
 def hardware_problems(config: Config) -> list[str]:
     """Return the problems of settings that this machine cannot satisfy."""
+    if config.hardware.card.name is not None:  # another machine
+        return []
     problems, most = [], THREADS_A_CPU * (os.cpu_count() or 1)
     if (config.hardware.threads or 0) > most:
         problems.append(
