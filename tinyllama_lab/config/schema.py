@@ -274,6 +274,11 @@ class CardConfig:
             )
 
 
+NO_CARD = CardConfig(
+    name=None, memory_gib=None, reserved_gib=None, bf16=None, tflops=None, measured=None
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class HardwareConfig:
     """How a trial is run. These settings never change its result."""

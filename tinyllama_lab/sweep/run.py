@@ -100,6 +100,8 @@ def run_grid(cells: Sequence[Cell], launcher: str, workdir: Path) -> list[Result
     with session.locked(study):
         plan = make_plan(grid.cells, dated(configs, study), study)
         plan.notes = notes + plan.notes
+        if first.plan.skip_unfit:
+            _skip_unfit(plan, launcher)
         done, count = len(plan.trials) - len(plan.todo), len(plan.trials)
         trials = "1 trial" if count == 1 else f"{count} trials"
         print_plan(plan, session)
@@ -119,6 +121,17 @@ def run_grid(cells: Sequence[Cell], launcher: str, workdir: Path) -> list[Result
             run_plan(plan, session, tuning)
         print_results(plan, session)
     return [plan.results.get(key) for key in plan.requested_keys]
+
+
+def _skip_unfit(plan: Plan, launcher: str) -> None:
+    """Leave out the trials that do not fit into memory, with a note for each."""
+    from tinyllama_lab.sweep.forecast.forecast import forecast, leave_out  # late: reads studies
+    from tinyllama_lab.sweep.forecast.process import Forecasting
+
+    with Forecasting() as process:
+        found = forecast(plan, process, launcher)
+    if found is not None:
+        leave_out(plan, found.unfit)
 
 
 def run_plan(plan: Plan, session: Session, source: TrialSource | None = None) -> None:

@@ -88,14 +88,12 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
             if len(pack) > 1:
                 forecast = forecaster.forecast([trial])
             trials[key] |= {k: v for k, v in asdict(forecast).items() if k != "fits"}
-    first = packs[0][0][1].science
+    first, is_card = packs[0][0][1].science, request["hardware"]["card"]["name"] is not None
     return {
         "packs": replies,
         "trials": trials,
         "machine": {**asdict(machine), "dtype": str(machine.dtype).removeprefix("torch.")},
-        "gflops": None
-        if machine.is_gpu or request["hardware"]["card"]["name"]
-        else _rate(answerer, first),
+        "gflops": None if machine.is_gpu or is_card else _rate(answerer, first),
         "download_mib": _download_mib(answerer, packs),
     }
 

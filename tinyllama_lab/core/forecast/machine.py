@@ -9,6 +9,7 @@ import psutil
 import torch
 
 from tinyllama_lab.config.schema import CardConfig, HardwareConfig
+from tinyllama_lab.core import resident
 from tinyllama_lab.core.models.loading import pick_device, pick_dtype
 from tinyllama_lab.core.training.memory import SHARE, free_mib
 from tinyllama_lab.metrics import MIB
@@ -71,16 +72,17 @@ def machine_of(hardware: HardwareConfig) -> Machine:
 
 
 def _card(card: CardConfig, device: str) -> Machine:
-    is_gpu = device == "cuda"
-    half = torch.bfloat16 if card.bf16 else torch.float16 if is_gpu else torch.float32
-    room = SHARE * (card.memory_gib - card.reserved_gib) * _GIB
+    is_gpu, bf16 = device == "cuda", bool(card.bf16)
+    total, reserved = (_GIB * (gib or 0.0) for gib in (card.memory_gib, card.reserved_gib))
+    half = torch.bfloat16 if bf16 else torch.float16 if is_gpu else torch.float32
     held = 0.0 if is_gpu else process_mib()
-    reserved = card.reserved_gib * _GIB if is_gpu else 0.0
-    return Machine(is_gpu, half, held, room, reserved, is_gpu and card.bf16)
+    overhead = reserved if is_gpu else 0.0
+    return Machine(is_gpu, half, held, SHARE * (total - reserved), overhead, is_gpu and bf16)
 
 
 def process_mib() -> float:
     """Return the resident memory of this process, which has imported what a worker does."""
+    resident.give_back()  # as a worker does before it trains
     return psutil.Process().memory_info().rss / MIB
 
 

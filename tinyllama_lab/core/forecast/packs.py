@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -94,7 +94,7 @@ class Forecaster:
         self._hardware = hardware
         reason = why_not_packed(outline.model)
         self.not_packed = reason or ("int8" if outline.quant.kind == "int8" else None)
-        model, tokenizer = outline.model, None
+        model, tokenizer = outline.model, cast(Any, None)  # rows are tokens already
         parameters = sum(p.numel() for p in model.parameters())
         self._base = Base(
             model, tokenizer, machine.device, outline.dtype, parameters, weights=stored
@@ -150,8 +150,10 @@ class Forecaster:
         longest = max(len(each.rows.longest.ids) for each in trials)
         fixed = science.train.deterministic
         together = planner.plan_training(sizes, longest, fixed)
-        largest = self._largest(engine, planner, context, trials[:together])
-        planner.predict(sizes[:together], largest)
+        largest = 0
+        for tokens, count in self._steps(engine, planner, context, trials[:together]):
+            planner.predict(sizes[:together], tokens, count)
+            largest = max(largest, tokens)
         alone = [self._alone(engine, trial) for trial in trials]
         return PackForecast(
             [needs <= self.room_mib for needs in alone],
@@ -203,20 +205,18 @@ class Forecaster:
         PyTorch's kernel there wants as many keys and values as queries, and keeps its result.
         """
         config: Any = self._outline.model.config
-        width = config.num_attention_heads * (
-            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        )
+        width = config.num_attention_heads * _head_size(config)
         return 3 * width * config.num_hidden_layers * self._outline.dtype.itemsize / MIB
 
-    def _largest(
+    def _steps(
         self,
         engine: Engine[Any],
         planner: Planner,
         context: WorkerContext,
         trials: Sequence[Trial],
-    ) -> int:
-        """Return the tokens of the largest micro-batch in the first rounds."""
-        size, largest = MicroBatchSize(context), 0
+    ) -> Iterator[tuple[int, int]]:
+        """Yield the tokens of the largest micro-batch, and their number, of the first steps."""
+        size = MicroBatchSize(context)
         steps = [trial.rows.steps(trial.science) for trial in trials]
         owners = [object() for _ in trials]
         for number in range(max(map(len, steps))):
@@ -227,9 +227,8 @@ class Forecaster:
             ]
             tokens = sum(len(item.example.ids) for item in items)
             limit = size.next(tokens, planner.micro_batch_sizes)
-            for batch in engine.micro_batches(items, limit):
-                largest = max(largest, sum(len(item.example.ids) for item in batch))
-        return largest
+            batches = engine.micro_batches(items, limit)
+            yield max(sum(len(i.example.ids) for i in batch) for batch in batches), len(batches)
 
     def _alone(self, engine: Engine[Any], trial: Trial) -> float:
         """Return MiB beside the base that a trial needs alone, with every remedy of the worker."""
@@ -254,28 +253,33 @@ class Forecaster:
         heldout = [example for trial in together for example in trial.rows.heldout]
         base = list(together[0].rows.heldout)
         tokens = sum(len(example.ids) for example in [*heldout, *base])
+        labels = sum(example.labels for example in [*heldout, *base])
         limit = 2 * context.micro_batch_tokens
-        return planner.scoring_mib(sizes, min(tokens, limit), self._cache(engine, together))
+        cache = self._cache(engine, together)
+        return planner.scoring_mib(sizes, min(tokens, limit), min(labels, limit), cache)
 
     def _cache(self, engine: Engine[Any], trials: Sequence[Trial]) -> float:
-        """Return MiB of the largest cache of keys and values."""
+        """Return MiB of the largest cache of keys and values: of generations, or of timing."""
         config: Any = self._outline.model.config
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        size = (
-            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        )
-        a_token = 2 * config.num_hidden_layers * heads * size * self._outline.dtype.itemsize / MIB
-        largest = 0.0
-        for settings, count in ((trials[0].science.eval, len(trials) + 1),):
-            examples = list(trials[0].rows.heldout[: settings.generations])
-            if settings.generations and examples:
-                prompt = max(len(e.prompt_ids) for e in examples)
-                items: list[WorkItem[Any]] = [WorkItem(None, e) for e in examples] * count
-                rows = min(len(items), engine.max_prompts(items, settings.max_new_tokens))
-                largest = rows * (prompt + settings.max_new_tokens) * a_token
-            if settings.latency_tokens:
-                prompts = [len(e.prompt_ids) for e in trials[0].rows.heldout] or [0]
-                rows = settings.latency_batch
-                timed = rows * (max(prompts) + settings.latency_tokens + 1) * a_token
-                largest = max(largest, timed)
-        return largest
+        values = 2 * config.num_hidden_layers * heads * _head_size(config)
+        a_token = values * self._outline.dtype.itemsize / MIB
+        settings, heldout = trials[0].science.eval, trials[0].rows.heldout
+        longest = max((len(example.prompt_ids) for example in heldout), default=0)
+        # a batch is decoded for one adapter at a time when it is timed
+        timed = settings.latency_batch * (longest + settings.latency_tokens + 1)
+        tokens = timed if settings.latency_tokens else 0
+        examples = list(heldout[: settings.generations])
+        if examples:
+            # the base generates along with the adapters
+            items: list[WorkItem[Any]] = [WorkItem(None, e) for e in examples] * (len(trials) + 1)
+            rows = min(len(items), engine.max_prompts(items, settings.max_new_tokens))
+            tokens = max(tokens, rows * (longest + settings.max_new_tokens))
+        return tokens * a_token
+
+
+def _head_size(config: Any) -> int:
+    """Return the width of an attention head."""
+    return int(
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )

@@ -1,4 +1,4 @@
-"""The rows of a trial as the worker will see them: as tokens, or estimated if they are not here."""
+"""The rows of a trial as tokens, or estimated if they are not on this machine."""
 
 from __future__ import annotations
 

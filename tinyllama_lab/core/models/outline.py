@@ -45,7 +45,9 @@ class Outline:
     def of(cls, config: Any, quant: QuantConfig, dtype: torch.dtype) -> Outline:
         """Return the outline of the model that `read_config` describes."""
         with torch.device("meta"):
-            return cls(_from_config(config, dtype), quant, dtype)
+            model = _from_config(config, dtype)
+        model.is_quantized = quant.kind != "none"  # as on a model that was loaded so
+        return cls(model, quant, dtype)
 
     @property
     def weights_mib(self) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -41,7 +42,16 @@ class TrialForecast:
 
     @property
     def fits(self) -> bool:
+        """Whether it fits, at least alone and with every remedy of the worker."""
         return bool(self.facts["fits"])
+
+    @property
+    def why(self) -> str:
+        """Why it does not fit, and what does."""
+        instead = self.facts["instead"]
+        way = f"nearest that fits: {' '.join(instead)}" if instead else "no setting makes it fit"
+        needs, has = self.facts["needs_mib"], max(0.0, self.facts["free_mib"])
+        return f"does not fit: {needs:,.0f} MiB beside the base, and there are {has:,.0f}; {way}"
 
 
 @dataclass(frozen=True)
@@ -112,6 +122,18 @@ def forecast(plan: Plan, process: Forecasting, launcher: str = "local") -> Forec
             TrialForecast(planned, facts, seconds, speed.source if speed else "", source)
         )
     return Forecast(plan.config, trials, reply, workers)
+
+
+def leave_out(plan: Plan, unfit: Sequence[TrialForecast]) -> None:
+    """Remove trials from a plan, with a note for each."""
+    keys = {trial.planned.trial.key for trial in unfit}
+    plan.notes += [
+        f"left out: {trial.planned.label or 'the trial'} {trial.why}" for trial in unfit
+    ]
+    plan.trials = [planned for planned in plan.trials if planned.trial.key not in keys]
+    plan.todo = [planned for planned in plan.todo if planned.trial.key not in keys]
+    # nothing was asked of them any more, so their absence is no failure
+    plan.requested_keys = [key for key in plan.requested_keys if key not in keys]
 
 
 class _Earlier:

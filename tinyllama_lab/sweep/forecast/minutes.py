@@ -32,12 +32,12 @@ class Speed:
         rows = max(1, planned.config["data"]["eval_n"])
         tokens = facts["heldout_tokens"] / rows * planned.evaluation_work / PASSES_TO_TRAIN
         a_token = self._training(facts) / max(1, facts["tokens"])
-        return training + tokens * a_token
+        return training + float(tokens) * a_token
 
     def _training(self, facts: Mapping[str, Any]) -> float:
         if self.tokens_per_s:
             return float(facts["tokens"] / self.tokens_per_s)
-        return float(facts["tflop"] * 1e12 / self.flops)
+        return float(facts["tflop"]) * 1e12 / self.flops
 
 
 def speed_of(known: KnownCosts, card: CardConfig, reply: Mapping[str, Any]) -> Speed | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from statistics import fmean
-from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -49,7 +48,7 @@ def _cells(trials: Sequence[TrialForecast]) -> list[str]:
     """Return the cells of trials that differ in their rows alone: the most that one needs."""
 
     def most(name: str) -> float:
-        return max(trial.facts[name] for trial in trials)
+        return max(float(trial.facts[name]) for trial in trials)
 
     fits = "no"
     if trials[0].fits:
@@ -59,8 +58,8 @@ def _cells(trials: Sequence[TrialForecast]) -> list[str]:
         fits,
         f"{most('train_peak_mib'):,.0f}",
         f"{most('infer_peak_mib'):,.0f}",
-        f"{most('micro_batch_tokens'):,}",
-        f"{most('trainable_params'):,}",
+        f"{most('micro_batch_tokens'):,.0f}",
+        f"{most('trainable_params'):,.0f}",
         f"{most('adapter_mib'):.1f}",
         duration(_rounded(fmean(seconds))) if seconds else "-",
     ]
@@ -108,19 +107,16 @@ def _time(forecast: Forecast) -> str:
 
 
 def _unfit(forecast: Forecast) -> Iterator[tuple[str, str]]:
-    """Yield one line for each kind of trial that does not fit."""
-    groups: dict[tuple[Any, ...], list[TrialForecast]] = {}
+    """Yield one line for the trials that do not fit for the same reason."""
+    groups: dict[str, list[TrialForecast]] = {}
     for trial in forecast.unfit:
-        instead = trial.facts["instead"]
-        groups.setdefault(tuple(instead) if instead else (), []).append(trial)
+        groups.setdefault(trial.why, []).append(trial)
     skips = forecast.config.plan.skip_unfit
-    for instead, trials in groups.items():
+    for why, trials in groups.items():
         names = trials[0].planned.label or "the trial"
         names += f" and {len(trials) - 1} more" * (len(trials) > 1)
-        need = max(trial.facts["needs_mib"] for trial in trials)
-        way = f"nearest that fits: {' '.join(instead)}" if instead else "no setting makes it fit"
-        left_out = "; left out" if skips else "; plan.skip_unfit=true leaves it out"
-        yield "does not", f"fit: {names}, {need:,.0f} MiB beside the base; {way}{left_out}"
+        left_out = "left out" if skips else "plan.skip_unfit=true leaves it out"
+        yield "unfit", f"{names}: {why}; {left_out}"
 
 
 def _size(mib: float) -> str:
