@@ -1,7 +1,7 @@
 """The Hydra app: `python -m tinyllama_lab`, or with `-m` a whole grid.
 
-The first word may also be another command: `data`, `ask`, `evaluate`, `report`, `ui` or `demo`;
-`--help` explains them.
+The first word may also be another command: `data`, `ask`, `plan`, `evaluate`, `report`, `ui` or
+`demo`; `--help` explains them.
 """
 
 from __future__ import annotations

@@ -146,22 +146,26 @@ def test_the_worker_takes_its_remedies_before_a_trial_does_not_fit(
     configure: Any, hardware: Hardware
 ) -> None:
     trial = Trial(science(configure, lora__r=4), ROWS)
-    roomy = forecaster(hardware, 10_000).forecast([trial])
+    roomy = found = forecaster(hardware, 10_000).forecast([trial])
     assert roomy.fits == [True] and not roomy.gradient_checkpointing
-    tight = forecaster(hardware, roomy.needs_mib - 0.1).forecast([trial])
-    assert tight.gradient_checkpointing
-    assert tight.train_peak_mib < roomy.train_peak_mib
-    assert forecaster(hardware, 1).forecast([trial]).fits == [False]
+    while found.fits == [True]:  # always a little less than it needs
+        last, found = found, forecaster(hardware, found.needs_mib - 0.1).forecast([trial])
+    assert last.gradient_checkpointing and last.needs_mib < roomy.needs_mib
+    assert forecaster(hardware, last.needs_mib + 0.1).forecast([trial]).fits == [True]
 
 
 def test_a_pack_is_split_where_it_does_not_fit(configure: Any, hardware: Hardware) -> None:
-    trials = [Trial(science(configure, lora__r=64, seed=n), ROWS) for n in range(6)]
+    trials = [Trial(science(configure, lora__r=1024, seed=n), ROWS) for n in range(6)]
     whole = forecaster(hardware, 10_000).forecast(trials)
     alone = forecaster(hardware, 10_000).forecast(trials[:1])
     assert (whole.together, alone.together) == (6, 1)
     adapter_mib = PackedEngine(base_of(llama())).adapter_mib(trials[0].science.lora)
     assert whole.train_peak_mib - alone.train_peak_mib >= 5 * adapter_mib
-    part_of_it = forecaster(hardware, alone.needs_mib + 2.5 * adapter_mib).forecast(trials)
+    tightest = alone
+    while tightest.fits == [True]:  # with every remedy for one
+        least, free = tightest.needs_mib, tightest.needs_mib - 0.1
+        tightest = forecaster(hardware, free).forecast(trials[:1])
+    part_of_it = forecaster(hardware, least + 2.5 * adapter_mib).forecast(trials)
     assert 1 < part_of_it.together < 6 and part_of_it.fits == [True] * 6
 
 

@@ -148,7 +148,10 @@ class Plan:
 
 
 def check_cells(
-    cells: Sequence[Cell], notes: list[str] | None = None, enough: bool = True
+    cells: Sequence[Cell],
+    notes: list[str] | None = None,
+    enough: bool = True,
+    weights: bool = True,
 ) -> list[Config]:
     """Return the configuration of every cell, with the identities of its model and data.
 
@@ -156,6 +159,7 @@ def check_cells(
         cells: the composed cells.
         notes: receives the notes for the user.
         enough: whether the data must have as many rows as requested.
+        weights: whether a local model must have its weights.
 
     Raises:
         ConfigError: with the problems of all cells.
@@ -163,7 +167,7 @@ def check_cells(
     cells, problems = drop_unused(cells)
     configs: list[Config] = []
     # a problem begins with the refused setting, and the setting with its group
-    identify = Identifier({text.partition(".")[0] for text in problems}, enough)
+    identify = Identifier({text.partition(".")[0] for text in problems}, enough, weights)
     for cell in cells:
         try:
             configs.append(identify(config.load(cell.raw)))

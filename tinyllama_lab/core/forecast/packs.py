@@ -18,7 +18,7 @@ from tinyllama_lab.core.engines.packed.engine import PackedEngine
 from tinyllama_lab.core.engines.packed.llama import why_not_packed
 from tinyllama_lab.core.engines.peft import PeftEngine
 from tinyllama_lab.core.forecast.machine import Machine
-from tinyllama_lab.core.forecast.rows import Rows
+from tinyllama_lab.core.forecast.rows import ROUNDS, Rows
 from tinyllama_lab.core.forecast.trace import kept_mib_per_token
 from tinyllama_lab.core.models import lora as adapters
 from tinyllama_lab.core.models.loading import Base
@@ -150,10 +150,14 @@ class Forecaster:
         longest = max(len(each.rows.longest.ids) for each in trials)
         fixed = science.train.deterministic
         together = planner.plan_training(sizes, longest, fixed)
-        largest = 0
+        largest = most = 0
         for tokens, count in self._steps(engine, planner, context, trials[:together]):
             planner.predict(sizes[:together], tokens, count)
-            largest = max(largest, tokens)
+            largest, most = max(largest, tokens), max(most, count)
+        steps = max(each.rows.step_count(each.science) for each in trials[:together])
+        if steps > ROUNDS:  # the others are as large, and come after more of them
+            planner.pass_over((steps - ROUNDS - 1) * most)
+            planner.predict(sizes[:together], largest, most)
         alone = [self._alone(engine, trial) for trial in trials]
         return PackForecast(
             [needs <= self.room_mib for needs in alone],
@@ -216,7 +220,7 @@ class Forecaster:
         trials: Sequence[Trial],
     ) -> Iterator[tuple[int, int]]:
         """Yield the tokens of the largest micro-batch, and their number, of the first steps."""
-        size = MicroBatchSize(context)
+        size, hardware = MicroBatchSize(context), context.hardware
         steps = [trial.rows.steps(trial.science) for trial in trials]
         owners = [object() for _ in trials]
         for number in range(max(map(len, steps))):
@@ -227,6 +231,8 @@ class Forecaster:
             ]
             tokens = sum(len(item.example.ids) for item in items)
             limit = size.next(tokens, planner.micro_batch_sizes)
+            if planner.micro_batch_sizes and not (size.is_chosen or hardware.micro_batch_tokens):
+                limit = planner.micro_batch_sizes[-1]  # its turn comes
             batches = engine.micro_batches(items, limit)
             yield max(sum(len(i.example.ids) for i in batch) for batch in batches), len(batches)
 

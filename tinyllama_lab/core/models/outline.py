@@ -46,7 +46,7 @@ class Outline:
         """Return the outline of the model that `read_config` describes."""
         with torch.device("meta"):
             model = _from_config(config, dtype)
-        model.is_quantized = quant.kind != "none"  # as on a model that was loaded so
+        vars(model)["is_quantized"] = quant.kind != "none"  # as on a model that was loaded so
         return cls(model, quant, dtype)
 
     @property
@@ -92,7 +92,8 @@ class Outline:
         config.num_hidden_layers = count
         if hasattr(config, "layer_types") and config.layer_types:
             config.layer_types = config.layer_types[:count]
-        config.vocab_size = vocabulary or config.vocab_size
+        if vocabulary is not None:
+            config.vocab_size, config.pad_token_id = vocabulary, None  # it must be a row
         if self.quant.kind != "int8":
             # memory that nobody wrote to: tracing asks for sizes and never for values
             with no_init_weights():

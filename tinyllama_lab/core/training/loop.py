@@ -55,7 +55,7 @@ def train_round(
     scales = [trainer.scaler.get_scale() for trainer in trainers]
     tokens = sum(len(example.ids) for trainer in trainers for example in trainer.batch)
     try:
-        losses, *micro_batches = _accumulate(engine, trainers, scales, max_tokens, stopped)
+        losses, largest, count = _accumulate(engine, trainers, scales, max_tokens, stopped)
     except Exception as error:
         # earlier micro-batches have added to the gradients already
         for trainer in trainers:
@@ -69,7 +69,7 @@ def train_round(
     values = torch.stack([losses, torch.stack(norms)]).tolist()
     seconds = time.perf_counter() - begin
     _count(trainers, (values[0], values[1], scales), seconds, failed)
-    return Round(failed, tokens, *micro_batches, seconds)
+    return Round(failed, tokens, largest, count, seconds)
 
 
 def _update(trainer: AdapterTrainer, failed: dict[int, Exception]) -> torch.Tensor:

@@ -33,7 +33,10 @@ MEASURED_TOKENS = 256  # of an example, where every token keeps as much
 BLOCKS_IN_HAND = 2  # gradients of the block in backward, in units of its kept activations
 HEAP_SLACK = 1.25  # tensors of changing sizes leave gaps in the C library's heap
 MOST_GAPS = 1.0  # of the kept activations; packs with more micro-batches were not measured
-LIBRARIES_MIB = 35  # of kernels and libraries that the first step of a CPU loads
+LIBRARIES_MIB = 10  # that the first pass on a CPU loads
+BACKWARD_MIB = 25  # the same of the first backward pass and optimizer step
+# oneDNN keeps the last 1,024 kernels, and a micro-batch of new lengths needs about 40 of them
+KERNELS_MIB, SHAPES_KEPT = 9, 25
 QUANTIZED_MIB = 75  # of bitsandbytes at the first matmul with quantized weights, on a CPU
 INITIAL_BYTES = 4  # a parameter: PEFT's initial values, which the packed engine keeps once
 PASS_BLOCKS = 5  # tensors of a pass without gradients, in units of a block's kept activations
@@ -175,6 +178,10 @@ class Planner:
         """Return whether an adapter that could not be added may fit once some others have left."""
         return is_out_of_memory(error) and adapters > 0
 
+    def pass_over(self, micro_batches: int) -> None:
+        """Count micro-batches that are not predicted one by one, because they are alike."""
+        self._micro_batches += micro_batches
+
     def predict(self, adapters: Sequence[float], tokens: int, micro_batches: int = 1) -> None:
         """Predict the peak of a step and keep the highest.
 
@@ -250,7 +257,7 @@ class Planner:
         """Return MiB of a step beside base and adapters, without the reserve of a plan."""
         kept, block = self._kept_mib(tokens, self.checkpointing)
         gaps = heap_gaps(micro_batches, self._micro_batches, self._is_plain)
-        head = self._logits_mib(tokens)
+        head = self._logits_mib(tokens) + BACKWARD_MIB
         return (1 + gaps) * kept + BLOCKS_IN_HAND * block + head + self._libraries_mib(adapters)
 
     @property
@@ -259,12 +266,13 @@ class Planner:
         return self._engine.max_concurrent is None and not is_quantized
 
     def _libraries_mib(self, adapters: Sequence[float]) -> float:
-        """Return MiB that libraries take at the first step, and the last initial values."""
+        """Return MiB of libraries and their kernels, and of the last initial values."""
         base = self._context.base
         size = ADAPTER_BYTES + (0 if base.dtype == torch.float32 else base.dtype.itemsize)
         initial = max(adapters, default=0.0) * INITIAL_BYTES / size
         is_quantized = bool(getattr(base.model, "is_quantized", False))
-        return LIBRARIES_MIB + initial + QUANTIZED_MIB * is_quantized
+        kernels = KERNELS_MIB * min(max(1, self._micro_batches), SHAPES_KEPT)
+        return LIBRARIES_MIB + kernels + initial + QUANTIZED_MIB * is_quantized
 
     def _logits_mib(self, labels: int) -> float:
         """Return MiB of the logits that are in memory at the same time."""
@@ -304,10 +312,8 @@ def heap_gaps(in_step: int, so_far: int, is_plain: bool) -> float:
         so_far: micro-batches of all steps.
         is_plain: neither the base is quantized nor PEFT's engine used, which free more tensors.
     """
-    share = 0.1 if is_plain else 0.4
-    if in_step > 1:
-        share += 0.25 + 0.14 * math.log2(max(1.0, so_far / 2))
-    return min(share, MOST_GAPS)
+    share = (0.3 if in_step > 1 else -0.07) + 0.09 * math.log2(max(1, so_far))
+    return min(max(0.0, share) + (0.0 if is_plain else 0.3), MOST_GAPS)
 
 
 def kept_mib(run: Callable[[], object], parameters: Iterable[torch.Tensor]) -> float:

@@ -46,7 +46,7 @@ def show_plan(arguments: Sequence[str]) -> int:
     with Forecasting() as process:
         check_command(["-m", *typed])
         grid = expand(grid_cells(typed))
-        configs = check_cells(grid.cells)
+        configs = check_cells(grid.cells, weights=False)
         study = StudyFolder(Path(configs[0].sweeps_dir), configs[0].study)
         plan = make_plan(grid.cells, dated(configs, study), study)
         console = Console(width=line_width(), highlight=False)

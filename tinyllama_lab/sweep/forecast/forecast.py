@@ -152,7 +152,8 @@ class _Earlier:
         if key not in self._known:
             groups = {name: getattr(science, name) for name in ("model", "quant", "train", "data")}
             config = replace(self._config, **groups)
-            split = _split(config) if science.model.source == "hub" else None
+            # models of other sources bring their tokenizer
+            split = _split(config) if science.model.source in ("hub", "local") else None
             known = known_costs(self._studies, config, split)
             self._known[key] = known, _estimate(known, config, split)
         return self._known[key]

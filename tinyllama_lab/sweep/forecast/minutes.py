@@ -30,13 +30,14 @@ class Speed:
         if self.scoring_s is not None:
             return training + self.scoring_s * planned.evaluation_work
         rows = max(1, planned.config["data"]["eval_n"])
-        tokens = facts["heldout_tokens"] / rows * planned.evaluation_work / PASSES_TO_TRAIN
-        a_token = self._training(facts) / max(1, facts["tokens"])
-        return training + float(tokens) * a_token
+        a_row = float(facts["heldout_tokens"]) / rows
+        tokens = a_row * planned.evaluation_work / PASSES_TO_TRAIN
+        a_token = self._training(facts) / max(1, int(facts["tokens"]))
+        return training + tokens * a_token
 
     def _training(self, facts: Mapping[str, Any]) -> float:
         if self.tokens_per_s:
-            return float(facts["tokens"] / self.tokens_per_s)
+            return float(facts["tokens"]) / self.tokens_per_s
         return float(facts["tflop"]) * 1e12 / self.flops
 
 
