@@ -36,7 +36,7 @@ def run(job: Job) -> tuple[list[Trained], dict[str, Any], Peak]:
         warm_up = Round(Grid(), first.batch_size, first.batch_size)
         for number, round_ in enumerate((warm_up, *job.rounds)):
             plan = _plan(StudyFolder(Path(root), f"round{number}"), job.setup, round_)
-            pack = _write(plan)
+            pack = write_pack(plan)
             code = run_pack(pack.folder, lambda: False)
             if code != Exit.DONE:
                 raise BenchmarkError(f"a pack must end well, got {_reason(pack, code)}")
@@ -102,7 +102,7 @@ def _plan(study: StudyFolder, setup: Setup, round_: Round) -> Plan:
     return plan
 
 
-def _write(plan: Plan) -> Pack:
+def write_pack(plan: Plan) -> Pack:
     """Write the pack folder as the driver does."""
     pack = plan.study.new_pack()
     for planned in plan.trials:

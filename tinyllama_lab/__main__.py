@@ -1,7 +1,7 @@
 """The Hydra app: `python -m tinyllama_lab`, or with `-m` a whole grid.
 
-The first word may also be another command: `data`, `ask`, `doctor`, `evaluate`, `report`, `track`,
-`ui` or `demo`; `--help` explains them.
+The first word may also be another command: `data`, `ask`, `plan`, `doctor`, `evaluate`, `report`,
+`track`, `ui` or `demo`; `--help` explains them.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ with quiet_interrupt():  # importing these takes half a second, in which Ctrl-C 
     from tinyllama_lab.sweep.usage import help_text, without_grid
 
 CONSOLE_SCRIPT = "tinyllama-lab"
+DRY_RUN = "--dry-run"  # plans the command and starts nothing
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")
@@ -88,6 +89,10 @@ def _sweep_arguments(arguments: list[str]) -> list[str]:
         if not (settings := ask(rest)):
             raise SystemExit(0)
         return ["-m", *settings]
+    if command == "plan" or DRY_RUN in arguments:
+        from tinyllama_lab.sweep.forecast.command import show_plan  # late, as above
+
+        raise SystemExit(show_plan(rest if command == "plan" else arguments))
     if command in _OTHERS:
         raise SystemExit(_OTHERS[command](rest))
     if not {"-h", "--help"}.isdisjoint(arguments):

@@ -13,7 +13,7 @@ from benchmarks.flop_count import training_flops
 from benchmarks.gpu.packs import Extent, Pack, Rounds, rows, science_of
 from benchmarks.gpu.peft_loop import PeftLoop, by_length
 from benchmarks.job import Adapter
-from tinyllama_lab.config.schema import HardwareConfig
+from tinyllama_lab.config.schema import NO_CARD, HardwareConfig
 from tinyllama_lab.core.context import WorkerContext
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
 from tinyllama_lab.core.meter import PeakMemory
@@ -91,6 +91,7 @@ def context_of(base: Base) -> WorkerContext:
         keep_dequantized=False,
         checkpoint_every_s=600.0,
         max_attempts=1,
+        card=NO_CARD,
     )
     data: Any = None  # rows come from the benchmark
     memory = PeakMemory(base.device)

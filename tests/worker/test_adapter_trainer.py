@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -274,3 +276,17 @@ def test_the_highest_memory_of_all_attempts_is_kept(tiny_base: Base, make: Make)
     again = make(PackedEngine(tiny_base), {})
     again.resume()
     assert again.progress.memory == {"memory/train_peak_mib": 5.0}
+
+
+def test_a_trainer_that_is_done_frees_its_optimizer_at_once(make: Make, tiny_base: Base) -> None:
+    engine = PackedEngine(tiny_base)
+    trainer = make(engine, {"train.max_steps": 1})
+    steps(engine, trainer, 1)
+    adapter, gone = trainer.adapter, weakref.ref(trainer)
+    gc.disable()  # the moments are two thirds of what an adapter takes: scoring cannot wait
+    try:
+        del trainer
+        assert gone() is None
+    finally:
+        gc.enable()
+    assert adapter.trainable_params > 0

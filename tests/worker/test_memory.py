@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.llamas import base_of, example, examples, items_of, llama, settings
+from tests.llamas import WORDS, base_of, example, examples, items_of, llama, settings
 from tests.packs import QUIET, Lab, Wrapped, quickly
 from tinyllama_lab.core.engines.base import WorkItem
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
@@ -69,7 +69,7 @@ def planner(
     workers: int | None = None,
 ) -> tuple[Planner, Any]:
     """Return a planner that has measured, on a machine with `free` MiB of memory."""
-    config = SimpleNamespace(num_hidden_layers=LAYERS, hidden_size=WIDTH)
+    config = SimpleNamespace(num_hidden_layers=LAYERS, hidden_size=WIDTH, vocab_size=WORDS)
     base = SimpleNamespace(
         device=torch.device("cpu"),
         dtype=torch.float32,
@@ -113,6 +113,9 @@ def test_a_pack_that_fits_is_not_changed(monkeypatch: pytest.MonkeyPatch) -> Non
     assert made.facts() == {
         "micro_batch_tokens": 1024,
         "gradient_checkpointing": False,
+        "baseline_mib": 100,
+        "kept_mib_per_token": PER_TOKEN,
+        "largest_micro_batch": 0,
     }
     assert context.micro_batch_tokens == 1024
 
@@ -210,7 +213,31 @@ def test_the_prediction_is_the_highest_and_includes_used_memory(
     made, _ = planner(10**6, monkeypatch)
     made.predict([ADAPTER] * 2, 300)
     made.predict([ADAPTER], 100)
-    expected = 100 + needed(300, 2)
+    kept, logits = 300 * PER_TOKEN, 300 * WORDS * 4 / MIB
+    initial = ADAPTER * 4 / 16  # PEFT's values, beside weight, gradient and two moments
+    overhead = memory.LIBRARIES_MIB + memory.BACKWARD_MIB + memory.KERNELS_MIB
+    expected = 100 + 2 * ADAPTER + kept + 2 * kept / LAYERS + logits + initial + overhead
+    assert made.predicted() == {"memory/predicted_mib": pytest.approx(expected)}
+
+
+def test_gaps_in_the_heap_grow_with_micro_batches_and_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    peaks = []
+    for micro_batches in (1, 2, 8, 10**9):
+        made, _ = planner(10**6, monkeypatch)
+        made.predict([ADAPTER], 300, micro_batches)
+        peaks.append(made.predicted()["memory/predicted_mib"])
+    assert peaks == sorted(set(peaks))
+    kernels = memory.KERNELS_MIB * (memory.SHAPES_KEPT - 1)
+    # at most as much as the activations themselves
+    assert peaks[-1] - peaks[0] == pytest.approx(300 * PER_TOKEN + kernels)
+
+
+def test_a_gpu_has_no_heap(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, context = planner(10**6, monkeypatch)
+    context.base.device = torch.device("meta")
+    made.predict([ADAPTER], 300, 8)
+    kept = 300 * PER_TOKEN
+    expected = 100 + ADAPTER + kept + 2 * kept / LAYERS + LOGITS_MIB
     assert made.predicted() == {"memory/predicted_mib": pytest.approx(expected)}
 
 

@@ -253,6 +253,33 @@ class TrackingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CardConfig:
+    """Another machine that `plan` computes for; all null for this one."""
+
+    name: str | None
+    memory_gib: float | None = rule(above=0)
+    reserved_gib: float | None = rule(least=0)
+    bf16: bool | None
+    tflops: float | None = rule(above=0)
+    measured: bool | None
+
+    def problems(self) -> Iterator[str]:
+        """Yield the settings that contradict each other."""
+        values = {**vars(self)}
+        missing = [name for name, value in values.items() if value is None]
+        if missing and len(missing) < len(values):
+            yield (
+                f"hardware.card.{missing[0]} must be set where another setting of the card is, "
+                "got null; start from a card such as hardware=t4"
+            )
+
+
+NO_CARD = CardConfig(
+    name=None, memory_gib=None, reserved_gib=None, bf16=None, tflops=None, measured=None
+)
+
+
+@dataclass(frozen=True, kw_only=True)
 class HardwareConfig:
     """How a trial is run. These settings never change its result."""
 
@@ -265,6 +292,14 @@ class HardwareConfig:
     keep_dequantized: bool
     checkpoint_every_s: float = rule(above=0)
     max_attempts: int = rule(least=1)
+    card: CardConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """How the forecast of a plan changes the command."""
+
+    skip_unfit: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,6 +331,7 @@ class Config(Science):
     deploy: bool
     tracking: TrackingConfig
     hardware: HardwareConfig
+    plan: PlanConfig
 
     def problems(self) -> Iterator[str]:
         """Yield the settings that contradict each other: the study's name becomes a folder."""

@@ -60,13 +60,19 @@ class WorkerContext:
             return self.hardware.micro_batch_tokens
         if self.base.device.type == "cpu":
             return self.measured_tokens or CPU_TOKENS
-        # a larger GPU needs more tokens to be busy; `Planner` takes fewer if they do not fit
-        total = torch.cuda.get_device_properties(self.base.device).total_memory
-        return max(2048, 2048 * (total // (8 * 1024 * MIB)))
+        return gpu_tokens(torch.cuda.get_device_properties(self.base.device).total_memory)
 
     def check_stop(self) -> None:
         """Raise StoppedError if the worker was asked to stop."""
         raise_if_stopped(self.stopped)
+
+
+def gpu_tokens(total_bytes: int) -> int:
+    """Return the most tokens of a forward pass on a GPU with this memory.
+
+    A larger GPU needs more tokens to be busy; `Planner` takes fewer if they do not fit.
+    """
+    return max(2048, 2048 * (total_bytes // (8 * 1024 * MIB)))
 
 
 def raise_if_stopped(stopped: Callable[[], bool]) -> None:

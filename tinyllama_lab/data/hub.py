@@ -213,6 +213,25 @@ def is_commit(identity: str) -> bool:
     return re.fullmatch(r"[0-9a-f]{40}", identity) is not None
 
 
+def config_folder(repo: str, commit: str) -> Path:
+    """Return a folder with the `config.json` of a model, the only file that is fetched.
+
+    Raises:
+        ModelError: it is neither in the cache nor on the hub.
+    """
+    cached = _repo_folder(repo, commit, "model") / "snapshots" / commit
+    if (cached / "config.json").is_file():
+        return cached
+    if is_offline():
+        raise _unavailable(repo, "model", "HF_HUB_OFFLINE forbids connections to the hub")
+    try:
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(repo, "config.json", revision=commit)).parent
+    except Exception as error:  # errors of the client and of its transport share no base class
+        raise _failed(error, repo, commit, "model") from error
+
+
 def is_repository(name: str) -> bool:
     """Return whether a name is a valid repository name of the hub."""
     return _REPO.fullmatch(name) is not None

@@ -21,6 +21,7 @@ from tinyllama_lab.study.evaluations import CONFIRMATION
 from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.study.trial import EVAL, SCIENCE, TrialFolder
 from tinyllama_lab.sweep.check import composed, problems_of_settings, typed_values
+from tinyllama_lab.sweep.execution.slots import check_runs_here
 from tinyllama_lab.sweep.plan import Plan, Planned, add_trial
 from tinyllama_lab.sweep.run import (
     Session,
@@ -76,6 +77,7 @@ def evaluate(arguments: Sequence[str], workdir: Path) -> int:
     # `main` has already applied the search path, which selects no trials
     arguments = [text for text in arguments if not text.startswith(f"{SEARCH_PATH}=")]
     request = read_arguments(arguments, workdir)
+    check_runs_here(request.common.hardware)
     session = Session.begin(request.launcher, workdir)
     study = StudyFolder(workdir / request.common.sweeps_dir, request.common.study)
     labels = trained_trials(study)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,11 +87,20 @@ class Planned:
     @property
     def evaluation_work(self) -> float:
         """The part of `work` that comes after training, in forward passes of one row."""
-        settings = self.config["eval"]
-        timed = settings["latency_tokens"] * (2 + settings["latency_batch"] / 4)
-        # rough weights: a decoded token costs about 1/8 of a forward pass of a row
-        generated = settings["generations"] * settings["max_new_tokens"] / 8 + timed
-        return float(self.config["data"]["eval_n"] + generated)
+        return evaluation_work(self.config["eval"], self.config["data"]["eval_n"])
+
+
+def evaluation_work(settings: Mapping[str, Any], rows: int) -> float:
+    """Return the cost of an evaluation in forward passes of one row.
+
+    Args:
+        settings: the group `eval`.
+        rows: that are scored.
+    """
+    timed = settings["latency_tokens"] * (2 + settings["latency_batch"] / 4)
+    # rough weights: a decoded token costs about 1/8 of a forward pass of a row
+    generated = settings["generations"] * settings["max_new_tokens"] / 8 + timed
+    return float(rows + generated)
 
 
 @dataclass
@@ -139,7 +148,10 @@ class Plan:
 
 
 def check_cells(
-    cells: Sequence[Cell], notes: list[str] | None = None, enough: bool = True
+    cells: Sequence[Cell],
+    notes: list[str] | None = None,
+    enough: bool = True,
+    weights: bool = True,
 ) -> list[Config]:
     """Return the configuration of every cell, with the identities of its model and data.
 
@@ -147,6 +159,7 @@ def check_cells(
         cells: the composed cells.
         notes: receives the notes for the user.
         enough: whether the data must have as many rows as requested.
+        weights: whether a local model must have its weights.
 
     Raises:
         ConfigError: with the problems of all cells.
@@ -154,7 +167,7 @@ def check_cells(
     cells, problems = drop_unused(cells)
     configs: list[Config] = []
     # a problem begins with the refused setting, and the setting with its group
-    identify = Identifier({text.partition(".")[0] for text in problems}, enough)
+    identify = Identifier({text.partition(".")[0] for text in problems}, enough, weights)
     for cell in cells:
         try:
             configs.append(identify(config.load(cell.raw)))

@@ -32,7 +32,7 @@ from tinyllama_lab.sweep.execution import lock
 from tinyllama_lab.sweep.execution.display import Display
 from tinyllama_lab.sweep.execution.interrupts import Interrupts
 from tinyllama_lab.sweep.execution.schedule import Scheduler
-from tinyllama_lab.sweep.execution.slots import find_slots
+from tinyllama_lab.sweep.execution.slots import check_runs_here, find_slots
 from tinyllama_lab.sweep.execution.source import TrialSource
 from tinyllama_lab.sweep.launchers import Workers, workers
 from tinyllama_lab.sweep.plan import Plan, Planned, check_cells, data_hint, make_plan
@@ -95,11 +95,14 @@ def run_grid(cells: Sequence[Cell], launcher: str, workdir: Path) -> list[Result
     notes = list(grid.notes)
     configs = check_cells(grid.cells, notes)
     first = configs[0]
+    check_runs_here(first.hardware)
     # all cells share `study` and `sweeps_dir`, as `check_cells` has made sure
     study = StudyFolder(workdir / first.sweeps_dir, first.study)
     with session.locked(study):
         plan = make_plan(grid.cells, dated(configs, study), study)
         plan.notes = notes + plan.notes
+        if first.plan.skip_unfit:
+            _skip_unfit(plan, launcher)
         done, count = len(plan.trials) - len(plan.todo), len(plan.trials)
         trials = "1 trial" if count == 1 else f"{count} trials"
         print_plan(plan, session)
@@ -120,6 +123,17 @@ def run_grid(cells: Sequence[Cell], launcher: str, workdir: Path) -> list[Result
         print_results(plan, session)
     deploy_recommended(first, study, session.console, session.say)
     return [plan.results.get(key) for key in plan.requested_keys]
+
+
+def _skip_unfit(plan: Plan, launcher: str) -> None:
+    """Leave out the trials that do not fit into memory, with a note for each."""
+    from tinyllama_lab.sweep.forecast.forecast import forecast, leave_out  # late: reads studies
+    from tinyllama_lab.sweep.forecast.process import Forecasting
+
+    with Forecasting() as process:
+        found = forecast(plan, process, launcher)
+    if found is not None:
+        leave_out(plan, found.unfit)
 
 
 def run_plan(plan: Plan, session: Session, source: TrialSource | None = None) -> None:

@@ -16,22 +16,25 @@ compares them, and says which settings were worth it.
 
   python -m tinyllama_lab [-m] [key=value ...]    (or: tinyllama-lab [-m] ...)
 
-Five examples:
+Six examples:
   run a sweep    python -m tinyllama_lab -m lora.r=8,16 data.n=64,128 study=ranks
   report         python -m tinyllama_lab report study=ranks
   ask            python -m tinyllama_lab ask lora.r=8,16 margin=0.02
+  plan           python -m tinyllama_lab plan -m lora.r=8,16 hardware=t4
   data           python -m tinyllama_lab data data=file data.path=my.jsonl
   evaluate       python -m tinyllama_lab evaluate study=ranks eval.generations=300
 
 The sweep trains every combination of the values; without -m it trains one. `ask` says what a
-question costs before anything is trained, `data` shows what would be trained on, and `evaluate`
-scores trained adapters again. Each of them explains itself with --help. `demo` runs a small
-sweep, `ui` opens the runs in MLflow, `track` sends it what it lacks, and `doctor` checks this
-machine. `python -m tinyllama_lab.deploy` uses a trained adapter.
+question costs before anything is trained, `plan` whether a sweep fits this machine or a card,
+`data` shows what would be trained on, and `evaluate` scores trained adapters again. Each of them
+explains itself with --help. `demo` runs a small sweep, `ui` opens the runs in MLflow, `track`
+sends it what it lacks, and `doctor` checks this machine. `python -m tinyllama_lab.deploy` uses a
+trained adapter.
 """
 _TAIL = """
 Options:
   -m                    several values of a setting, with commas between them, are a grid
+  --dry-run             print what `plan` prints, and run nothing
   --cfg job             show every setting and its value, and run nothing; also with -m
   --config-dir <folder> your own files, such as <folder>/data/mine.yaml for data=mine
   -sc install=bash      tab completion: eval "$(tinyllama-lab -sc install=bash)"

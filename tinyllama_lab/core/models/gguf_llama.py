@@ -45,6 +45,11 @@ def unpack(file: Path, target: Path) -> None:
     )
 
 
+def read_config(file: Path) -> LlamaConfig:
+    """Return the configuration in `file`; neither weights nor tokenizer are read."""
+    return _config(_Reader(file))
+
+
 class _Reader(GGUFReader):
     """Reads a GGUF file without its arrays: the strings of a tokenizer would take two seconds."""
 

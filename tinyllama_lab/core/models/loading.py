@@ -83,7 +83,7 @@ def load_base(
             _check_tokenizer(tokenizer, folder)
         # before the weights, because those take the longest to read
         check_task(folder)
-        base_model = _load_weights(folder, quant, dtype, device)
+        base_model = load_weights(folder, quant, dtype, device)
     _own_memory(base_model)
     _keep_stored(base_model)
     # PEFT writes both into `adapter_config.json`, so that an adapter finds its base
@@ -95,7 +95,7 @@ def load_base(
     return Base(base_model, tokenizer, device, dtype, parameters, closing, weights)
 
 
-def _load_weights(
+def load_weights(
     folder: Path, quant: QuantConfig, dtype: torch.dtype, device: torch.device
 ) -> Any:
     """Return the model of a folder on a device, quantized as `quant` says.
@@ -148,7 +148,7 @@ def base_name(model: ModelConfig, folder: Path) -> tuple[str, str | None]:
 
     The name is a repository of the hub, or an absolute path if the model is not from the hub.
     """
-    if _is_packaged(model):
+    if is_packaged(model):
         return smollm2.REPO, None
     if model.source in ("local", "random"):
         return os.path.abspath(folder), None
@@ -160,7 +160,7 @@ def stored_as(model: ModelConfig, quant: QuantConfig, folder: Path) -> str:
 
     The dtype of computation may differ; it is `environment.dtype` of a result.
     """
-    if _is_packaged(model):
+    if is_packaged(model):
         stored = f"{smollm2.quantization()}, dequantized"
     else:
         dtype = AutoConfig.from_pretrained(folder, **TRUSTED_FILES).dtype
@@ -264,20 +264,20 @@ def model_folder(model: ModelConfig) -> Path:
         return tiny.folder()
     if model.source == "local":
         return user_path(str(model.path))
-    if _is_packaged(model):
+    if is_packaged(model):
         return smollm2.folder()
     return hub.download(str(model.repo), str(model.identity), "model")
 
 
 def repo_to_download(model: ModelConfig) -> str | None:
     """Return the repository of a model that is not here yet; None if nothing is downloaded."""
-    if model.source in ("local", "random") or _is_packaged(model):
+    if model.source in ("local", "random") or is_packaged(model):
         return None
     repo = str(model.repo)
     return None if hub.cached_snapshot(repo, str(model.identity), "model") else repo
 
 
-def _is_packaged(model: ModelConfig) -> bool:
+def is_packaged(model: ModelConfig) -> bool:
     return model.source == "package" and smollm2.is_identity(model.identity)
 
 

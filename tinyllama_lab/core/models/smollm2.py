@@ -10,9 +10,13 @@ import importlib.metadata
 import importlib.util
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tinyllama_lab.data.cache import SMOLLM2, SMOLLM2_PACKAGE, made_once
 from tinyllama_lab.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
 
 REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the same model on the hub
 
@@ -25,6 +29,13 @@ def folder() -> Path:
 def is_identity(identity: str | None) -> bool:
     """Return whether the identity of a model is that of the package, not a commit of the hub."""
     return str(identity).startswith(SMOLLM2_PACKAGE)
+
+
+def config() -> LlamaConfig:
+    """Return the configuration, without unpacking the weights."""
+    from tinyllama_lab.core.models.gguf_llama import read_config  # late, as below
+
+    return read_config(_gguf_file())
 
 
 def quantization() -> str:

@@ -69,10 +69,10 @@ class AdapterTrainer:
         self.adapter = adapter
         self.log = EventLog(trial.events_file)
         self.settings = science.train
+        self._science = science
         self.steps = steps_of(len(examples), science.train)
         self.saved_at = time.monotonic()
         self.saving_s = 0.0  # what the last checkpoint took
-        self._seed = science.seed
         self._examples = examples
         # compared with that of a checkpoint, which may stem from other data
         self._fingerprint = fingerprint(examples)
@@ -92,7 +92,7 @@ class AdapterTrainer:
             self._optimizer.state[parameter] = {"step": _step(0.0, self._device), **moments}
         self.progress = Progress(dtype=str(base_dtype))
         self.resumed_at = 0
-        self._order = self._batches_from(0)
+        self._order = _batches_from(0, examples, science)
         self._batch: list[Example] | None = None
 
     @property
@@ -121,7 +121,7 @@ class AdapterTrainer:
         """Return the next step as work items for an engine."""
         step = self.progress.step + 1
         return [
-            WorkItem(self.adapter, example, (self._seed, step, number))
+            WorkItem(self.adapter, example, (self._science.seed, step, number))
             for number, example in enumerate(self.batch)
         ]
 
@@ -251,7 +251,7 @@ class AdapterTrainer:
             self._restore_optimizer(stored, parameters)
         self.scaler.load_state_dict(stored.facts["scaler"])
         self._wake_scaler()
-        self._order = self._batches_from(self.resumed_at)
+        self._order = _batches_from(self.resumed_at, self._examples, self._science)
 
     def _restore_optimizer(self, stored: Checkpoint, parameters: Sequence[nn.Parameter]) -> None:
         moments = [self._values(stored, moment) for moment in _MOMENTS]
@@ -269,12 +269,20 @@ class AdapterTrainer:
         }
         return self.adapter.values(matrices)
 
-    def _batches_from(self, step: int) -> Iterator[list[Example]]:
-        order = batches(len(self._examples), self.settings, self._seed)
-        # earlier shuffles are drawn again: no state of a generator needs to be stored
-        for number, rows in enumerate(order):
-            if number >= step:
-                yield [self._examples[row] for row in rows]
+
+def _batches_from(
+    step: int, examples: Sequence[Example], science: Science
+) -> Iterator[list[Example]]:
+    """Yield the batches of a training from a step on.
+
+    Not a method: a generator that refers to its trainer would keep the optimizer's moments in
+    memory until the next run of the garbage collector.
+    """
+    order = batches(len(examples), science.train, science.seed)
+    # earlier shuffles are drawn again: no state of a generator needs to be stored
+    for number, rows in enumerate(order):
+        if number >= step:
+            yield [examples[row] for row in rows]
 
 
 def _step(step: float, device: torch.device) -> torch.Tensor:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ import torch
 
 from tinyllama_lab.core.context import WorkerContext
 from tinyllama_lab.core.dataset.dataset import Example
-from tinyllama_lab.core.engines.base import Adapter, Engine, WorkItem
+from tinyllama_lab.core.engines.base import ADAPTER_BYTES, Adapter, Engine, WorkItem
+from tinyllama_lab.core.engines.packed.head import logits_mib
 from tinyllama_lab.core.out_of_memory import is_out_of_memory, unless_out_of_memory
 from tinyllama_lab.core.training.micro_batch import SIZES
 from tinyllama_lab.metrics import MIB
@@ -30,6 +32,15 @@ FEWEST_TOKENS = 256  # smaller micro-batches waste more time than a smaller pack
 MEASURED_TOKENS = 256  # of an example, where every token keeps as much
 BLOCKS_IN_HAND = 2  # gradients of the block in backward, in units of its kept activations
 HEAP_SLACK = 1.25  # tensors of changing sizes leave gaps in the C library's heap
+MOST_GAPS = 1.0  # of the kept activations; packs with more micro-batches were not measured
+LIBRARIES_MIB = 10  # that the first pass on a CPU loads
+BACKWARD_MIB = 25  # the same of the first backward pass and optimizer step
+# oneDNN keeps the last 1,024 kernels, and a micro-batch of new lengths needs about 40 of them
+KERNELS_MIB, SHAPES_KEPT = 9, 25
+QUANTIZED_MIB = 75  # of bitsandbytes at the first matmul with quantized weights, on a CPU
+INITIAL_BYTES = 4  # a parameter: PEFT's initial values, which the packed engine keeps once
+PASS_BLOCKS = 5  # tensors of a pass without gradients, in units of a block's kept activations
+CACHE_COPIES = 4  # of keys and values: dropping finished rows copies them, and leaves gaps
 LOGITS_MIB = 3 * 64  # one chunk of logits, and what its matmuls and softmax need
 
 
@@ -44,6 +55,7 @@ class Planner:
         self._mib_per_token: float | None = None
         self._predicted_mib = 0.0
         self._longest_tokens = 1
+        self._largest_tokens = self._micro_batches = 0  # so far
         self.checkpointing = context.hardware.gradient_checkpointing
         self.max_concurrent: int | None = engine.max_concurrent
         self._fitting_tokens: int | None = None  # of a micro-batch that had to shrink
@@ -63,17 +75,7 @@ class Planner:
 
     def measure(self, adapter: Adapter, example: Example) -> None:
         """Measure the activations per token that one example keeps for backward; train nothing."""
-        storages: dict[int, torch.UntypedStorage] = {}
         parameters = [*self._context.base.model.parameters(), *adapter.parameters]
-        # autograd keeps references to weights too, which take no additional memory
-        weights = {parameter.untyped_storage().data_ptr() for parameter in parameters}
-
-        def note(tensor: torch.Tensor) -> None:
-            """Keep the storage alone: a node that holds its own result is never freed."""
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in weights:
-                storages[storage.data_ptr()] = storage
-
         if self._engine.grows_evenly:
             # kept activations may take more memory here than training with checkpointing will
             last = slice(-MEASURED_TOKENS, None)
@@ -81,19 +83,22 @@ class Planner:
         random_state = self._engine.random_state()
         # with checkpointing, autograd would keep the inputs of blocks and nothing of their inside
         self._engine.checkpoint_activations(False)
+
+        def run() -> None:
+            items = [WorkItem(adapter, example)]
+            if unless_out_of_memory(lambda: self._engine.example_losses(items)) is None:
+                # one example does not fit: use the storages recorded until then
+                self.checkpointing = True
+
         try:
-            # nothing is kept for autograd itself, because no backward follows
-            hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda stored: stored)
-            with torch.enable_grad(), hooks:
-                items = [WorkItem(adapter, example)]
-                if unless_out_of_memory(lambda: self._engine.example_losses(items)) is None:
-                    # one example does not fit: use the storages recorded until then
-                    self.checkpointing = True
+            self.assume(kept_mib(run, parameters) / len(example.ids))
         finally:
             self._engine.checkpoint_activations(self.checkpointing)
             self._engine.set_random_state(random_state)
-        storage_bytes = sum(storage.nbytes() for storage in storages.values())
-        self._mib_per_token = storage_bytes / len(example.ids) / MIB
+
+    def assume(self, mib_per_token: float) -> None:
+        """Set the MiB that a token keeps for backward, where it is known without `measure`."""
+        self._mib_per_token = mib_per_token
 
     def plan_training(self, adapters: Sequence[float], longest: int, fixed: bool) -> int:
         """Return how many of the adapters fit, and set the size of the micro-batch.
@@ -173,15 +178,45 @@ class Planner:
         """Return whether an adapter that could not be added may fit once some others have left."""
         return is_out_of_memory(error) and adapters > 0
 
-    def predict(self, adapters: Sequence[float], tokens: int) -> None:
+    def pass_over(self, micro_batches: int) -> None:
+        """Count micro-batches that are not predicted one by one, because they are alike."""
+        self._micro_batches += micro_batches
+
+    def predict(self, adapters: Sequence[float], tokens: int, micro_batches: int = 1) -> None:
         """Predict the peak of a step and keep the highest.
 
         Args:
             adapters: MiB of every adapter in the step.
             tokens: of the step's largest micro-batch.
+            micro_batches: of the step.
         """
-        peak = self._baseline_mib + sum(adapters) + self._activations_mib(tokens)
+        self._largest_tokens = max(self._largest_tokens, tokens)
+        held = self._baseline_mib + sum(adapters)
+        self._micro_batches += micro_batches
+        if self._context.base.device.type == "cpu":
+            peak = held + self._step_on_cpu_mib(adapters, tokens, micro_batches)
+        else:
+            peak = held + self._activations_mib(tokens)
         self._predicted_mib = max(self._predicted_mib, peak)
+
+    def scoring_mib(
+        self, adapters: Sequence[float], tokens: int, labels: int, cache_mib: float
+    ) -> float:
+        """Return the peak of scoring adapters.
+
+        Args:
+            adapters: MiB of each, without the moments of its optimizer.
+            tokens: of the largest micro-batch.
+            labels: among them.
+            cache_mib: keys and values of the largest generation.
+        """
+        held = self._baseline_mib + sum(adapters)
+        block = self._kept_mib(tokens, checkpointing=False)[1]
+        if self._context.base.device.type != "cpu":
+            return held + max(BLOCKS_IN_HAND * block + LOGITS_MIB, cache_mib)
+        # scoring leaves its tensors in the heap, where generation finds no room
+        passes = PASS_BLOCKS * block + self._logits_mib(labels) + CACHE_COPIES * cache_mib
+        return held + self._libraries_mib(adapters) + passes
 
     def predicted(self) -> dict[str, float]:
         """Return the highest predicted peak so far, as a metric in MiB."""
@@ -197,6 +232,9 @@ class Planner:
         return {
             "micro_batch_tokens": self._context.micro_batch_tokens,
             "gradient_checkpointing": self.checkpointing,
+            "baseline_mib": round(self._baseline_mib),
+            "kept_mib_per_token": round(self._mib_per_token or 0.0, 6),
+            "largest_micro_batch": self._largest_tokens,
         }
 
     def _count_fitting(
@@ -213,17 +251,92 @@ class Planner:
             count += 1
         return count
 
+    def _step_on_cpu_mib(
+        self, adapters: Sequence[float], tokens: int, micro_batches: int
+    ) -> float:
+        """Return MiB of a step beside base and adapters, without the reserve of a plan."""
+        kept, block = self._kept_mib(tokens, self.checkpointing)
+        gaps = heap_gaps(micro_batches, self._micro_batches, self._is_plain)
+        head = self._logits_mib(tokens) + BACKWARD_MIB
+        return (1 + gaps) * kept + BLOCKS_IN_HAND * block + head + self._libraries_mib(adapters)
+
+    @property
+    def _is_plain(self) -> bool:
+        is_quantized = bool(getattr(self._context.base.model, "is_quantized", False))
+        return self._engine.max_concurrent is None and not is_quantized
+
+    def _libraries_mib(self, adapters: Sequence[float]) -> float:
+        """Return MiB of libraries and their kernels, and of the last initial values."""
+        base = self._context.base
+        size = ADAPTER_BYTES + (0 if base.dtype == torch.float32 else base.dtype.itemsize)
+        initial = max(adapters, default=0.0) * INITIAL_BYTES / size
+        is_quantized = bool(getattr(base.model, "is_quantized", False))
+        kernels = KERNELS_MIB * min(max(1, self._micro_batches), SHAPES_KEPT)
+        return LIBRARIES_MIB + kernels + initial + QUANTIZED_MIB * is_quantized
+
+    def _logits_mib(self, labels: int) -> float:
+        """Return MiB of the logits that are in memory at the same time."""
+        base = self._context.base
+        return logits_mib(labels, base.model.config.vocab_size, base.dtype.itemsize)
+
     def _activations_mib(self, tokens: int) -> float:
-        """Return MiB of kept activations, the gradients of one block, and a chunk of logits."""
-        layers = self._context.base.model.config.num_hidden_layers
-        activations = tokens * (self._mib_per_token or 0.0)
-        block = activations / layers
-        if self.checkpointing:  # kept: the input of every block, and one whole block
-            width = self._context.base.model.config.hidden_size
-            inputs = tokens * layers * width * self._context.base.dtype.itemsize / MIB
-            activations = block + inputs
+        """Return MiB of kept activations, the gradients of one block, and a chunk of logits.
+
+        With a reserve for gaps in the heap: a step that does not fit costs more than one that is
+        a little smaller than it could be.
+        """
+        kept, block = self._kept_mib(tokens, self.checkpointing)
         slack = HEAP_SLACK if self._context.base.device.type == "cpu" else 1.0
-        return slack * (activations + BLOCKS_IN_HAND * block) + LOGITS_MIB
+        return slack * (kept + BLOCKS_IN_HAND * block) + LOGITS_MIB
+
+    def _kept_mib(self, tokens: int, checkpointing: bool) -> tuple[float, float]:
+        """Return MiB that `tokens` keep for backward in all blocks, and in one."""
+        base = self._context.base
+        layers = base.model.config.num_hidden_layers
+        kept = tokens * (self._mib_per_token or 0.0)
+        block = kept / layers
+        if checkpointing:  # kept: the input of every block, and one whole block
+            inputs = tokens * layers * base.model.config.hidden_size * base.dtype.itemsize / MIB
+            kept = block + inputs
+        return kept, block
+
+
+def heap_gaps(in_step: int, so_far: int, is_plain: bool) -> float:
+    """Return the share of kept activations that gaps in the C library's heap take in addition.
+
+    Micro-batches differ in their lengths, and what one has freed rarely fits the next. Measured in
+    packs of SmolLM2 on one Xeon; docs/plan.md has the errors.
+
+    Args:
+        in_step: micro-batches of the step; after each step all gaps join.
+        so_far: micro-batches of all steps.
+        is_plain: neither the base is quantized nor PEFT's engine used, which free more tensors.
+    """
+    share = (0.3 if in_step > 1 else -0.07) + 0.09 * math.log2(max(1, so_far))
+    return min(max(0.0, share) + (0.0 if is_plain else 0.3), MOST_GAPS)
+
+
+def kept_mib(run: Callable[[], object], parameters: Iterable[torch.Tensor]) -> float:
+    """Return MiB of the storages that autograd keeps for backward of what `run` computes.
+
+    Args:
+        run: a forward pass; no backward follows it.
+        parameters: weights, which autograd refers to as well, and which take no more memory.
+    """
+    storages: dict[int, torch.UntypedStorage] = {}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+
+    def note(tensor: torch.Tensor) -> None:
+        """Keep the storage alone: a node that holds its own result is never freed."""
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            storages[storage.data_ptr()] = storage
+
+    # nothing is kept for autograd itself, because no backward follows
+    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda stored: stored)
+    with torch.enable_grad(), hooks:
+        run()
+    return sum(storage.nbytes() for storage in storages.values()) / MIB
 
 
 def keep_freed_memory() -> None:

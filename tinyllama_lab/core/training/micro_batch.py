@@ -48,6 +48,11 @@ class MicroBatchSize:
         """Set the size of the shared context, which another pool may have changed."""
         self._context.measured_tokens = self._chosen
 
+    @property
+    def is_chosen(self) -> bool:
+        """Return whether a size won; until then all of them are taken in turn."""
+        return self._chosen is not None
+
     def next(self, round_tokens: int, fitting: Sequence[int]) -> int:
         """Return the size for the next round.
 

@@ -17,7 +17,7 @@ from tinyllama_lab.data.splits.splits import Split
 from tinyllama_lab.report.analysis.comparison import Comparison, Scored
 from tinyllama_lab.report.text import counted
 from tinyllama_lab.study.machine import cpu_name, gpu_name
-from tinyllama_lab.sweep.plan import PASSES_TO_TRAIN, Planned
+from tinyllama_lab.sweep.plan import PASSES_TO_TRAIN, Planned, evaluation_work
 
 CHARACTERS_A_TOKEN = 4  # of English text
 TEMPLATE_TOKENS = 20  # of a row: the marks that a chat template puts around the turns
@@ -75,6 +75,7 @@ class KnownCosts:
     speed_source: str = ""
     adapter_mib: Mapping[str, float] = field(default_factory=dict)  # by targets, at rank 1
     peak_mib: float | None = None  # of a whole pack
+    scoring_s: float | None = None  # of a unit of `evaluation_work`
 
 
 def known_costs(
@@ -82,7 +83,7 @@ def known_costs(
 ) -> KnownCosts:
     """Return the costs of a configuration, from trials of other studies and from its rows."""
     trials = [trial for comparison in studies.values() for trial in comparison.trials]
-    base = ("model.identity", "quant.kind", "quant.double")
+    base = ("model.identity", "quant.kind", "quant.double", "train.precision")
     of_base = [t for t in trials if all(t.settings.get(k) == _flat(config, k) for k in base)]
     same_machine = [trial for trial in of_base if _ran_alike(trial, config)]
     speeds = [rate for t in same_machine if (rate := t.metric("perf/train_tokens_per_s"))]
@@ -95,7 +96,22 @@ def known_costs(
         f"median of {counted(len(speeds), 'earlier trial')} on this machine",
         dict(_adapter_sizes(of_base)),
         max(peaks, default=None),
+        median(scorings) if (scorings := [*_scorings(same_machine)]) else None,
     )
+
+
+def _scorings(trials: Sequence[Scored]) -> Iterator[float]:
+    """Yield the seconds that trials took for a unit of `evaluation_work`."""
+    for trial in trials:
+        whole, training = trial.metric("perf/trial_seconds"), trial.metric("perf/train_seconds")
+        settings = {
+            key.removeprefix("eval."): value
+            for key, value in trial.settings.items()
+            if key.startswith("eval.")
+        }
+        work = evaluation_work(settings, int(trial.settings["data.eval_n"]))
+        if whole and training and whole > training:
+            yield (whole - training) / work
 
 
 def _flat(config: Config, key: str) -> Any:
@@ -122,10 +138,14 @@ def _tokens_a_row(
         return fmean(means), "as in earlier trials"
     if split is None:
         return None, ""
-    sample = split.train[:_SAMPLED_ROWS]
-    characters = fmean(_characters(row, config.data) for row in sample)
-    tokens = min(characters / CHARACTERS_A_TOKEN + TEMPLATE_TOKENS, config.data.max_length)
+    tokens = fmean(estimated_tokens(split.train[:_SAMPLED_ROWS], config.data))
     return tokens, f"estimated from the text, {CHARACTERS_A_TOKEN} characters a token"
+
+
+def estimated_tokens(rows: Sequence[RawRow], data: DataConfig) -> list[float]:
+    """Return the length of each row in tokens, estimated from its characters."""
+    lengths = (_characters(row, data) / CHARACTERS_A_TOKEN + TEMPLATE_TOKENS for row in rows)
+    return [min(length, data.max_length) for length in lengths]
 
 
 def _characters(row: RawRow, data: DataConfig) -> int:

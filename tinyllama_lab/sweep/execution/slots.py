@@ -32,6 +32,11 @@ class SlotPool:
         self._leases: list[TextIOWrapper] = []
         self.count = 0  # slots that this command has leased
 
+    @property
+    def size(self) -> int:
+        """The number of slots that this machine has for the command."""
+        return len(self._wanted)
+
     def lease(self, most: int) -> int:
         """Lease up to `most` slots for this command, and return how many it has."""
         for slot in self._wanted:
@@ -67,6 +72,21 @@ class SlotPool:
             return False
         self._leases.append(file)  # the lock lasts as long as the file is open
         return True
+
+
+def check_runs_here(hardware: HardwareConfig) -> None:
+    """Refuse to run on a card that is only planned for.
+
+    Raises:
+        ConfigError: `hardware` names such a card.
+    """
+    if (name := hardware.card.name) is not None:
+        raise ConfigError(
+            [
+                f"hardware.card describes a machine to plan for, got {name}; type plan before the "
+                "settings to see what it needs there, or hardware=auto to run on this machine"
+            ]
+        )
 
 
 def find_slots(

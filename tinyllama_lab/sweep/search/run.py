@@ -19,6 +19,7 @@ from tinyllama_lab.metrics import BITS_PER_BYTE, HELDOUT_LOSS, METRICS
 from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.study.trial import EVAL, NEUTRAL, SCIENCE
 from tinyllama_lab.sweep.deploying import deploy_recommended
+from tinyllama_lab.sweep.execution.slots import check_runs_here
 from tinyllama_lab.sweep.plan import GUESSED_ROWS, Plan
 from tinyllama_lab.sweep.run import (
     Session,
@@ -81,6 +82,11 @@ def run_search(
     session, identify = Session.begin(launcher, workdir), Identifier()
     checked = partial(_checked, compose, identify)
     space, settings, goals, first = check_search(typed, node, checked, compose, launcher)
+    check_runs_here(first.hardware)
+    if first.plan.skip_unfit:
+        raise ConfigError(
+            ["plan.skip_unfit=true needs a grid, got a search, whose trials are not known yet"]
+        )
     study = StudyFolder(workdir / first.sweeps_dir, first.study)
     with session.locked(study):
         (first,), checked = dated([first], study), partial(_dated, checked, study)

@@ -70,6 +70,20 @@ def model_identity(model: ModelConfig) -> str:
         ) from error
 
 
+def planned_identity(model: ModelConfig) -> str | None:
+    """Return the identity of a model; None for a local folder without weights, for a plan.
+
+    Raises:
+        ModelError, CacheError: as `model_identity`; a plan needs the configuration alone.
+    """
+    try:
+        return model_identity(model)
+    except ModelError:
+        if model.source == "local" and (user_path(str(model.path)) / "config.json").is_file():
+            return None
+        raise
+
+
 def data_identity(data: DataConfig) -> str:
     """Return the commit on the hub, or the digest of a local file or folder.
 
@@ -264,6 +278,8 @@ def harness_problem(config: Science) -> str | None:
 
 def hardware_problems(config: Config) -> list[str]:
     """Return the problems of settings that this machine cannot satisfy."""
+    if config.hardware.card.name is not None:  # another machine
+        return []
     problems, most = [], THREADS_A_CPU * (os.cpu_count() or 1)
     if (config.hardware.threads or 0) > most:
         problems.append(
@@ -286,10 +302,14 @@ class Identifier:
     Args:
         left_out: groups with invalid settings, which are not identified.
         enough: whether local data is read, and must have as many rows as requested.
+        weights: whether a local model must have its weights.
     """
 
-    def __init__(self, left_out: Collection[str] = (), enough: bool = True) -> None:
+    def __init__(
+        self, left_out: Collection[str] = (), enough: bool = True, weights: bool = True
+    ) -> None:
         self._left_out = left_out
+        self._model_identity = model_identity if weights else planned_identity
         self._identified = partial(identified, splits={}) if enough else identified_unread
         self.has_too_few_rows = False
         self.problems: list[str] = []
@@ -322,7 +342,7 @@ class Identifier:
                 find(built)
 
     def _model(self, model: ModelConfig) -> str | None:
-        return self._once("model", repr(model), lambda: model_identity(model))
+        return self._once("model", repr(model), lambda: self._model_identity(model))
 
     def _data(self, data: DataConfig) -> DataConfig | None:
         identified_data = self._once("data", repr(data), lambda: self._identified(data))

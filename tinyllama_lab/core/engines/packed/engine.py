@@ -35,6 +35,7 @@ class PackedEngine:
         mixed: bool = True,
         keep_dequantized: bool = False,
         triton: bool | None = None,
+        cache_mib: int | None = None,
     ) -> None:
         """Prepare the base.
 
@@ -45,13 +46,14 @@ class PackedEngine:
             keep_dequantized: keep a dequantized copy of 4-bit weights.
             triton: use the kernels of `triton_lora`; None uses them on GPUs. Batches with
                 dropout and adapters that share no matmul never use them.
+            cache_mib: for keys and values in generation; None for what the device can spare.
         """
         self._base = base
         self._mixed = mixed
         if triton is None:
             triton = base.device.type == "cuda" and fused_gpu.works_on(base.device, base.dtype)
         self._triton = mixed and triton
-        self._cache_mib = _cache_mib(base.device)
+        self._cache_mib = _cache_mib(base.device) if cache_mib is None else cache_mib
         self.llama = FrozenLlama(base.model, base.dtype, keep_dequantized)
         self._last_initial: tuple[tuple[LoraConfig, int], Any, dict[str, torch.Tensor]] | None
         self._last_initial = None

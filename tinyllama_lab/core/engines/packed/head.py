@@ -50,10 +50,19 @@ class HeadLoss(torch.autograd.Function):
         return (gradient * grad[:, None]).to(gradient.dtype), None, None
 
 
+def logits_mib(labels: int, vocabulary: int, itemsize: int) -> float:
+    """Return MiB of the logits of the largest chunk of so many labels."""
+    return min(labels, _chunk_rows(vocabulary * itemsize)) * vocabulary * itemsize / MIB
+
+
 def _chunks(labels: int, row_bytes: int) -> list[slice]:
     """Return chunks of at most `CHUNK_ROWS` rows and `CHUNK_MIB` of logits."""
-    rows = min(CHUNK_ROWS, max(1, CHUNK_MIB * MIB // row_bytes))
+    rows = _chunk_rows(row_bytes)
     return [slice(begin, begin + rows) for begin in range(0, labels, rows)]
+
+
+def _chunk_rows(row_bytes: int) -> int:
+    return min(CHUNK_ROWS, max(1, CHUNK_MIB * MIB // row_bytes))
 
 
 def _score(

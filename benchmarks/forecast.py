@@ -1,0 +1,218 @@
+"""How well `plan` forecasts: varied trials are run on this CPU, each in a worker of its own.
+
+python -m benchmarks.forecast measured.jsonl          # measures what the file lacks, then compares
+python -m benchmarks.forecast measured.jsonl --show   # compares again, and measures nothing
+
+A run is one pack. Its peaks do not depend on what else the machine does; its seconds do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.ours import result_of, write_pack
+from tinyllama_lab.errors import LabError
+from tinyllama_lab.study.study import StudyFolder
+from tinyllama_lab.sweep.check import grid_cells
+from tinyllama_lab.sweep.forecast.process import Estimate, Forecasting
+from tinyllama_lab.sweep.plan import Plan, check_cells, make_plan
+from tinyllama_lab.sweep.settings.compose import register_resolvers
+from tinyllama_lab.sweep.settings.questions import expand
+
+SHARED = (
+    "data.n=24 data.eval_n=4 seeds=1 train.max_steps=2 eval.generations=1 eval.max_new_tokens=8 "
+    "eval.latency_tokens=0 confirm=off tracking=none hardware.device=cpu"
+)
+LONG = "data=file data.path={rows}"  # rows of 30 to 1,200 words
+SMOLLM2 = (
+    "lora.r=8",
+    "lora.r=4 lora.targets=attention_qv train.batch_size=2",
+    "lora.r=32 lora.targets=mlp train.batch_size=4",
+    "lora.r=64 lora.targets=attention",
+    "lora.r=8 quant=nf4",
+    "lora.r=16 quant=int8 train.batch_size=4",
+    "lora.r=16 quant=fp4 hardware.keep_dequantized=true",
+    "lora.r=4,16",
+    "lora.r=2,4,8,16",
+    "lora.r=8 train.lr=1e-3,2e-3,4e-3,8e-3,1e-4,2e-4,3e-4,4e-4 train.batch_size=4",
+    "lora.r=8 hardware.gradient_checkpointing=true",
+    "lora.r=8,32 hardware.gradient_checkpointing=true train.batch_size=16",
+    f"{LONG} lora.r=8 data.max_length=256 train.batch_size=4",
+    f"{LONG} lora.r=8 data.max_length=512 train.batch_size=2",
+    f"{LONG} lora.r=16 data.max_length=1024 train.batch_size=2",
+    f"{LONG} lora.r=8 data.max_length=512 train.batch_size=4 quant=nf4",
+    f"{LONG} lora.r=4,8,16 data.max_length=128 train.batch_size=8",
+    f"{LONG} lora.r=8 data.max_length=1024 train.batch_size=1 "
+    "hardware.gradient_checkpointing=true",
+    "lora.r=8 train.precision=fp32",
+    f"{LONG} lora.r=16 data.max_length=384 train.precision=fp32 train.batch_size=4",
+    "lora.r=8 train.deterministic=true",
+    "lora.r=8,16 hardware.micro_batch_tokens=320",
+    "lora.r=8 lora.dropout=0.1",
+    "lora.r=8 lora.variant=dora train.batch_size=2",
+    "lora.r=128 lora.targets=all_linear train.batch_size=2",
+    "lora.r=16 lora.variant=rslora lora.targets=attention_qv,mlp,all_linear quant=nf4",
+    "lora.r=4,8,16,32 lora.targets=attention_qv,all_linear train.batch_size=2",
+    f"{LONG} lora.r=8 data.max_length=768 train.batch_size=8",
+    f"{LONG} lora.r=8,16 data.max_length=640 train.batch_size=4 quant=nf4",
+    f"{LONG} lora.r=16 lora.targets=mlp data.max_length=200 train.batch_size=16",
+    f"{LONG} lora.r=2 lora.targets=attention_qv data.max_length=300 "
+    "hardware.gradient_checkpointing=true",
+)
+TINY = (
+    "lora.r=4",
+    "lora.r=4,8,16,32",
+    f"{LONG} lora.r=8 data.max_length=1024",
+    f"{LONG} lora.r=8 data.max_length=1024 train.batch_size=2,16",
+    "lora.r=8 quant=nf4",
+    "lora.r=8 quant=int8",
+    "lora.r=8 lora.variant=dora",
+    "lora.r=64 train.precision=fp32",
+    "lora.r=8 hardware.gradient_checkpointing=true",
+    f"{LONG} lora.r=4 data.max_length=512 train.lr=1e-3,2e-3,3e-3,4e-3,5e-3,6e-3,7e-3,8e-3",
+    f"{LONG} lora.r=8 data.max_length=256 train.deterministic=true",
+)
+PEAKS = ("train", "infer")
+UNDER = -0.03  # an under-estimate by more than this counts
+_WORDS = "a train to the coast and a room with a view near the old harbour in the morning".split()
+
+
+@dataclass(frozen=True)
+class Run:
+    """One pack: its settings as typed, and the metrics of its trials once it has run."""
+
+    settings: str
+    metrics: list[dict[str, float]]
+
+
+def runs(model: str) -> list[str]:
+    """Return the settings of all runs, or of those of one model."""
+    models = {"smollm2": SMOLLM2, "tiny_random": TINY}
+    return [
+        f"model={name} {text}"
+        for name, texts in models.items()
+        if model in ("all", name)
+        for text in texts
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Plain)
+    parser.add_argument("file", type=Path, help="one line for each run; it is continued")
+    parser.add_argument("--show", action="store_true", help="measure nothing")
+    parser.add_argument("--model", choices=("all", "smollm2", "tiny_random"), default="all")
+    parser.add_argument("--threads", type=int, default=1, help="of a worker")
+    options = parser.parse_args(arguments)
+    register_resolvers()
+    with tempfile.TemporaryDirectory(prefix="forecast-") as root:
+        rows = _write_rows(Path(root))
+        measured = {run.settings: run for run in _read(options.file)}
+        for settings in runs(options.model) if not options.show else ():
+            if settings not in measured:
+                typed = _typed(settings, rows, options.threads)
+                measured[settings] = _measure(settings, typed, Path(root))
+                _append(options.file, measured[settings])
+        wanted = [measured[s] for s in runs(options.model) if s in measured]
+        typed_runs = [_typed(run.settings, rows, options.threads) for run in wanted]
+        print("\n".join(_table(wanted, _forecasts(typed_runs, Path(root)))))
+
+
+class _Plain(argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of the description."""
+
+
+def _write_rows(root: Path) -> Path:
+    generator, file = random.Random(1), root / "rows.jsonl"
+    lines = []
+    for number in range(200):
+        prompt = " ".join(generator.choices(_WORDS, k=8))
+        response = " ".join(generator.choices(_WORDS, k=20 + 6 * (7 * number % 200)))
+        lines.append(json.dumps({"prompt": f"Row {number}: {prompt}", "response": response}))
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return file
+
+
+def _typed(settings: str, rows: Path, threads: int) -> list[str]:
+    texts = f"{settings} {SHARED} hardware.threads={threads}".split()
+    return [text.replace("{rows}", str(rows)) for text in texts]
+
+
+def _plan(typed: Sequence[str], root: Path, name: str) -> Plan:
+    cells = expand(grid_cells([*typed, f"study={name}", f"sweeps_dir={root}"])).cells
+    return make_plan(cells, check_cells(cells), StudyFolder(root, name))
+
+
+def _measure(settings: str, typed: Sequence[str], root: Path) -> Run:
+    """Run one pack in a process of its own."""
+    plan = _plan(typed, root, f"run{abs(hash(settings))}")
+    pack = write_pack(plan)
+    worker = [sys.executable, "-m", "tinyllama_lab.core.worker", str(pack.folder)]
+    done = subprocess.run(worker, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise LabError(f"the worker of {settings} ended with {done.returncode}: {done.stderr}")
+    return Run(settings, [result_of(planned.trial).metrics for planned in plan.trials])
+
+
+def _read(file: Path) -> Iterator[Run]:
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    for line in lines:
+        yield Run(**json.loads(line))
+
+
+def _append(file: Path, run: Run) -> None:
+    with file.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(asdict(run)) + "\n")
+
+
+def _forecasts(typed_runs: Sequence[Sequence[str]], root: Path) -> list[dict[str, Any]]:
+    """Return the forecast of every run; runs with the same hardware share a process."""
+    plans = [_plan(typed, root, "forecast") for typed in typed_runs]
+    groups: dict[str, list[int]] = {}
+    for number, plan in enumerate(plans):
+        groups.setdefault(json.dumps(asdict(plan.config.hardware)), []).append(number)
+    replies: dict[int, dict[str, Any]] = {}
+    for hardware, numbers in groups.items():
+        packs = [plans[number].trials for number in numbers]
+        estimates = {each.trial.key: Estimate() for pack in packs for each in pack}
+        with Forecasting() as process:
+            reply = process.ask(packs, json.loads(hardware), estimates)
+        replies |= zip(numbers, reply["packs"], strict=True)
+    return [replies[number] for number in range(len(plans))]
+
+
+def _table(measured: Sequence[Run], forecasts: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Yield the lines of Markdown tables: every run, then the errors."""
+    yield "| settings | training, MiB | forecast | error | scoring, MiB | forecast | error |"
+    yield "|---|--:|--:|--:|--:|--:|--:|"
+    errors: dict[str, list[float]] = {peak: [] for peak in PEAKS}
+    for run, forecast in zip(measured, forecasts, strict=True):
+        cells = []
+        for peak in PEAKS:
+            real = max(metrics[f"memory/{peak}_peak_mib"] for metrics in run.metrics)
+            told = forecast[f"{peak}_peak_mib"]
+            errors[peak].append(told / real - 1)
+            cells += [f"{real:,.0f}", f"{told:,.0f}", f"{told / real - 1:+.1%}"]
+        settings = run.settings.replace(LONG, "long rows")
+        yield f"| `{settings}` | {' | '.join(cells)} |"
+    yield ""
+    yield "| peak | runs | median error | worst | under by more than 3 % |"
+    yield "|---|--:|--:|--:|--:|"
+    for peak, found in errors.items():
+        worst, under = max(found, key=abs), sum(error < UNDER for error in found)
+        middle = median(map(abs, found))
+        yield f"| {peak} | {len(found)} | {middle:.1%} | {worst:+.1%} | {under} |"
+
+
+if __name__ == "__main__":
+    main()

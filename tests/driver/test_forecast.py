@@ -1,0 +1,220 @@
+"""`plan` and `--dry-run`: what a sweep needs, before anything is started."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from tinyllama_lab import __main__ as app
+from tinyllama_lab.config.schema import NO_CARD, PlanConfig
+from tinyllama_lab.core.models import tiny
+from tinyllama_lab.errors import ConfigError, ModelError
+from tinyllama_lab.study.study import StudyFolder
+from tinyllama_lab.sweep.ask.cost import KnownCosts
+from tinyllama_lab.sweep.check import check_command, grid_cells
+from tinyllama_lab.sweep.forecast.command import show_plan
+from tinyllama_lab.sweep.forecast.forecast import Forecast, TrialForecast, leave_out
+from tinyllama_lab.sweep.forecast.minutes import speed_of
+from tinyllama_lab.sweep.forecast.table import print_forecast
+from tinyllama_lab.sweep.plan import Plan, check_cells, make_plan
+from tinyllama_lab.sweep.run import run_grid
+
+pytestmark = pytest.mark.usefixtures("little_garbage")
+SMALL = ("data=file", "data.n=16", "data.eval_n=4", "tracking=none", "seeds=1", "confirm=off")
+SMALL += ("eval.generations=0", "eval.latency_tokens=0")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    rows = [{"prompt": f"Question {n}?", "response": f"The answer is {n**3}."} for n in range(99)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    yield [*SMALL, f"data.path={path}"]
+
+
+def lines_of(printed: str) -> dict[str, str]:
+    pairs = (re.match(r"(\w+) {2,}(.*)", line) for line in printed.splitlines())
+    return {found[1]: found[2] for found in pairs if found}
+
+
+def test_a_dry_run_prints_the_plan_and_starts_nothing(
+    small: Sequence[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["model=tiny_random", *small, "lora.r=4,8", "hardware.device=cpu"]
+    with pytest.raises(SystemExit) as ended:
+        app._sweep_arguments(["-m", *command, "--dry-run"])
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    assert "2 trials, 0 done, 2 to run" in printed
+    assert lines_of(printed)["packs"].startswith("1 pack, up to 2 adapters at a time")
+    # r * (inputs + outputs) of every adapted module of the two layers
+    assert all(re.search(rf"^ +{r} .* yes .*\d+,\d+", printed, re.M) for r in (4, 8))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_without_weights_is_planned_from_its_configuration(
+    small: Sequence[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((tiny.folder() / "config.json").read_text())
+    wide = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22}
+    wide |= {"num_attention_heads": 32, "num_key_value_heads": 4, "vocab_size": 32000}
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({**config, **wide}))
+    typed = ["model=local", f"model.path={folder}", *small, f"sweeps_dir={tmp_path / 'none'}"]
+    assert show_plan(["-m", *typed, "lora.r=16,1024", "hardware=t4"]) == 0
+    printed = capsys.readouterr().out
+    found = lines_of(printed)
+    assert "not yet measured on a T4" in found["machine"] and "float16" in found["machine"]
+    assert "data sheet" in found["time"] and "characters a token" in found["tokens"]
+    assert "does not fit" in found["unfit"] and "r=1024" in found["unfit"]
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(ConfigError, match="model.path"):  # a real run needs them
+        check_cells(grid_cells([*typed, "lora.r=16"]))
+
+
+def test_a_missing_field_is_named_in_one_sentence(small: Sequence[str], tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny.folder(), folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config["num_attention_heads"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="the field num_attention_heads") as raised:
+        show_plan(["model=local", f"model.path={folder}", *small])
+    assert len(raised.value.problems) == 1
+
+
+def test_a_card_is_only_planned_for(small: Sequence[str], tmp_path: Path) -> None:
+    cells = grid_cells(["model=tiny_random", *small, "hardware=t4"])
+    with pytest.raises(ConfigError, match=r"got T4; type plan .* or hardware=auto"):
+        run_grid(cells, "local", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_card_is_described_as_a_whole(small: Sequence[str]) -> None:
+    with pytest.raises(ConfigError, match=r"hardware.card.memory_gib must be set"):
+        check_cells(grid_cells(["model=tiny_random", *small, "hardware.card.name=mine"]))
+
+
+@pytest.mark.parametrize("word", ["--verbose", "lorra.r=8"])
+def test_a_mistake_is_refused(word: str) -> None:
+    with pytest.raises(ConfigError):
+        show_plan([word])
+
+
+# ---- with forecasts that are written by hand -----------------------------------------------
+
+
+def plan_of(small: Sequence[str], root: Path, *words: str) -> Plan:
+    cells = grid_cells(["model=tiny_random", *small, *words])
+    return make_plan(cells, check_cells(cells), StudyFolder(root, "planned"))
+
+
+def by_hand(plan: Plan, unfit: Sequence[int] = ()) -> Forecast:
+    """Every trial takes 100 s; those of these numbers do not fit."""
+    facts: dict[str, Any] = {
+        "fits": True,
+        "instead": None,
+        "needs_mib": 900.0,
+        "free_mib": 500.0,
+        "train_peak_mib": 1234.0,
+        "infer_peak_mib": 1000.0,
+        "micro_batch_tokens": 640,
+        "trainable_params": 4096,
+        "adapter_mib": 1.5,
+        "gradient_checkpointing": False,
+    }
+    too_large = {**facts, "fits": False, "instead": ["lora.r=4"]}
+    trials = [
+        TrialForecast(planned, too_large if n in unfit else facts, 100.0, "measured", "")
+        for n, planned in enumerate(plan.todo)
+    ]
+    reply: dict[str, Any] = {
+        "packs": [{"train_peak_mib": 2000.0, "infer_peak_mib": 1500.0, "together": 2}],
+        "machine": {
+            "is_gpu": False,
+            "free_mib": 2048.0,
+            "dtype": "float32",
+            "overhead_mib": 0.0,
+        },
+        "start_s": 10.0,
+        "download_mib": {"owner/name": 2200.0},
+    }
+    return Forecast(plan.config, trials, reply, workers=1)
+
+
+def printed_by(plan: Plan, forecast: Forecast) -> str:
+    console = Console(width=99, record=True, quiet=True)
+    console.quiet = False
+    with console.capture() as captured:
+        print_forecast(plan, forecast, console)
+    return captured.get()
+
+
+def test_trials_that_need_the_same_are_one_line(small: Sequence[str], tmp_path: Path) -> None:
+    plan = plan_of(small, tmp_path, "lora.r=4,8", "train.lr=1e-3,2e-3", "seed=1,2")
+    printed = printed_by(plan, by_hand(plan))
+    rows = [line.split() for line in printed.splitlines() if "1,234" in line]
+    assert [(row[0], row[1]) for row in rows] == [("4", "4"), ("8", "4")]
+    assert all(len(line) <= 99 for line in printed.splitlines()[:8])
+    found = lines_of(printed)
+    assert found["time"].startswith("about 14 min in all")  # 8 * 100 s and a start of 10 s
+    assert found["download"] == "about 2.1 GiB of weights from owner/name, once"
+
+
+def test_what_does_not_fit_is_left_out_if_asked(small: Sequence[str], tmp_path: Path) -> None:
+    plan = plan_of(small, tmp_path, "lora.r=4,512")
+    found = by_hand(plan, unfit=[1])
+    assert "nearest that fits: lora.r=4" in printed_by(plan, found)
+    skipping = replace(found, config=replace(plan.config, plan=PlanConfig(skip_unfit=True)))
+    assert (found.seconds, skipping.seconds) == (210.0, 110.0)
+    leave_out(plan, found.unfit)
+    assert [planned.config["lora"]["r"] for planned in plan.todo] == [4]
+    assert len(plan.trials) == len(plan.requested_keys) == 1
+    assert any("left out: r=512 does not fit" in note for note in plan.notes)
+
+
+def test_a_sweep_leaves_out_what_does_not_fit(
+    small: Sequence[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def forecast(plan: Plan, *_: Any) -> Forecast:
+        return by_hand(plan, unfit=range(len(plan.todo)))
+
+    monkeypatch.setattr("tinyllama_lab.sweep.forecast.forecast.forecast", forecast)
+    words = ["model=tiny_random", *small, "lora.r=4,8", "plan.skip_unfit=true"]
+    check_command(["-m", *words])
+    assert run_grid(grid_cells(words), "local", tmp_path) == []
+    assert capsys.readouterr().out.count("left out:") == 2
+
+
+def test_seconds_come_from_earlier_trials_where_there_are_any(
+    small: Sequence[str], tmp_path: Path
+) -> None:
+    (planned,) = plan_of(small, tmp_path, "eval.generations=2", "eval.max_new_tokens=40").todo
+    facts = {"tokens": 1000, "tflop": 2.0, "heldout_tokens": 200}
+    known = KnownCosts(tokens_per_s=50.0, scoring_s=0.5)
+    reply = {"machine": {"is_gpu": False, "dtype": "float32"}, "gflops": 100.0}
+    speed = speed_of(known, NO_CARD, reply)
+    assert speed is not None
+    # four rows, and two completions of 40 tokens at an eighth of a row each
+    assert speed.seconds(planned, facts) == pytest.approx(1000 / 50 + 0.5 * (4 + 2 * 40 / 8))
+    unknown = speed_of(KnownCosts(), NO_CARD, reply)
+    assert unknown is not None and "100 GFLOP/s" in unknown.source
+    # half of the measured rate trains; a row of 50 tokens is scored in a third of the time
+    assert unknown.seconds(planned, facts) == pytest.approx(40 + 14 * 50 / 3 * 40 / 1000)
+    assert speed_of(KnownCosts(), NO_CARD, {**reply, "gflops": None}) is None

@@ -1,0 +1,180 @@
+"""Forecasts every pack of a request, and the nearest setting for what does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from tinyllama_lab.config.schema import HardwareConfig, QuantConfig, Science, part
+from tinyllama_lab.core.forecast.machine import Machine, gemm_gflops, machine_of
+from tinyllama_lab.core.forecast.packs import Forecaster, Trial
+from tinyllama_lab.core.forecast.rows import Rows, RowSource
+from tinyllama_lab.core.models.loading import repo_to_download
+from tinyllama_lab.core.models.outline import Outline, read_config, stored_weights
+from tinyllama_lab.metrics import MIB
+
+SHORTEST = 64  # tokens; a plan proposes no shorter rows
+
+
+class _Answerer:
+    """Keeps what the packs of a request share."""
+
+    def __init__(self, hardware: HardwareConfig) -> None:
+        self._hardware = hardware
+        self._source = RowSource()
+        self._configs: dict[str, Any] = {}
+        self._forecasters: dict[str, Forecaster] = {}
+        self._machine: Machine | None = None
+
+    def rows(self, science: Science, estimate: Mapping[str, float]) -> Rows:
+        """Return the rows of a trial."""
+        return self._source.rows(science, estimate)
+
+    @property
+    def machine(self) -> Machine:
+        """The machine; asked for once all rows are read, because a worker holds them too."""
+        if self._machine is None:
+            self._machine = machine_of(self._hardware)
+        return self._machine
+
+    def config(self, science: Science) -> Any:
+        """Return the configuration of the base."""
+        key = repr(science.model)
+        if key not in self._configs:
+            self._configs[key] = read_config(science.model)
+        return self._configs[key]
+
+    def forecaster(self, science: Science) -> Forecaster:
+        """Return the forecaster of a base."""
+        dtype = self.machine.dtype_of(science.train.precision)
+        key = repr((science.model, science.quant, dtype))
+        if key not in self._forecasters:
+            config = self.config(science)
+            outline = Outline.of(config, science.quant, dtype)
+            stored = stored_weights(science.model, science.quant)
+            self._forecasters[key] = Forecaster(outline, self._hardware, self.machine, stored)
+        return self._forecasters[key]
+
+    def fits(self, science: Science, rows: Rows) -> bool:
+        """Return whether a trial fits alone."""
+        return self.forecaster(science).forecast([Trial(science, rows)]).fits[0]
+
+
+def answer(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the forecast of every pack and trial of a request.
+
+    Args:
+        request: `hardware`; and `packs`, lists of trials with `key`, `science` and `estimate`.
+
+    Raises:
+        LabError: a base or its rows cannot be used.
+    """
+    answerer = _Answerer(part(HardwareConfig, request["hardware"]))
+    packs = [
+        [(each["key"], _trial(answerer, each)) for each in trials] for trials in request["packs"]
+    ]
+    for pack in packs:
+        answerer.config(pack[0][1].science)
+    machine = answerer.machine
+    replies, trials = [], dict[str, Any]()
+    for pack in packs:
+        members = [trial for _, trial in pack]
+        forecaster = answerer.forecaster(members[0].science)
+        forecast = forecaster.forecast(members)
+        replies.append({**asdict(forecast), "weights_mib": forecaster.weights_mib})
+        for (key, trial), fits in zip(pack, list(forecast.fits), strict=True):
+            trials[key] = _facts(answerer, trial, fits)
+            if len(pack) > 1:
+                forecast = forecaster.forecast([trial])
+            trials[key] |= {k: v for k, v in asdict(forecast).items() if k != "fits"}
+    first, is_card = packs[0][0][1].science, request["hardware"]["card"]["name"] is not None
+    return {
+        "packs": replies,
+        "trials": trials,
+        "machine": {**asdict(machine), "dtype": str(machine.dtype).removeprefix("torch.")},
+        "gflops": None if machine.is_gpu or is_card else _rate(answerer, first),
+        "download_mib": _download_mib(answerer, packs),
+    }
+
+
+def _trial(answerer: _Answerer, each: Mapping[str, Any]) -> Trial:
+    science: Science = part(Science, each["science"])
+    return Trial(science, answerer.rows(science, each["estimate"]))
+
+
+def _facts(answerer: _Answerer, trial: Trial, fits: bool) -> dict[str, Any]:
+    """Return what is known about one trial."""
+    science, rows = trial.science, trial.rows
+    forecaster = answerer.forecaster(science)
+    parameters, adapter_mib = forecaster.size(science.lora)
+    return {
+        "fits": fits,
+        "trainable_params": parameters,
+        "adapter_mib": adapter_mib,
+        "packed": forecaster.is_packed(science.lora),
+        "tokens": rows.tokens(science),
+        "steps": rows.step_count(science),
+        "longest": len(rows.longest.ids),
+        "heldout_tokens": sum(len(example.ids) for example in rows.heldout),
+        "is_counted": rows.is_counted,
+        "tflop": 4e-12 * forecaster.block_parameters * rows.tokens(science),
+        "instead": None if fits else _instead(answerer, trial),
+    }
+
+
+def _instead(answerer: _Answerer, trial: Trial) -> list[str] | None:
+    """Return the nearest settings with which a trial fits; None if there are none.
+
+    The cheapest change that is enough alone comes first; if none is, they add up in this order.
+    """
+    for change, science, rows in _changes(trial):
+        if answerer.fits(science, rows):
+            return [change]
+    changed, words = trial, dict[str, str]()
+    for name in ("quant", "lora.r", "lora.targets", "data.max_length"):
+        for change, science, rows in _changes(changed, name):
+            changed, words[name] = Trial(science, rows), change
+            if answerer.fits(science, rows):
+                return list(words.values())
+    return None
+
+
+def _changes(trial: Trial, only: str = "") -> Iterator[tuple[str, Science, Rows]]:
+    """Yield what to type, and the trial with it, the cheapest first."""
+    science, rows = trial.science, trial.rows
+    if science.quant.kind in ("none", "int8") and only in ("", "quant"):
+        yield "quant=nf4", replace(science, quant=QuantConfig(kind="nf4", double=False)), rows
+    rank = science.lora.r
+    while rank > 1 and only in ("", "lora.r"):
+        rank //= 2
+        yield f"lora.r={rank}", replace(science, lora=replace(science.lora, r=rank)), rows
+    if science.lora.targets != "attention_qv" and only in ("", "lora.targets"):
+        lora = replace(science.lora, targets="attention_qv")
+        yield "lora.targets=attention_qv", replace(science, lora=lora), rows
+    length = len(rows.longest.ids)
+    while length > SHORTEST and only in ("", "data.max_length"):
+        length = max(SHORTEST, length // 2)
+        data = replace(science.data, max_length=length)
+        yield f"data.max_length={length}", replace(science, data=data), rows.cut(length)
+
+
+def _rate(answerer: _Answerer, science: Science) -> float:
+    """Return the measured GFLOP/s of a matmul of the base's widths."""
+    config, dtype = answerer.config(science), answerer.forecaster(science).dtype
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    return gemm_gflops(config.hidden_size, inner, dtype)
+
+
+def _download_mib(
+    answerer: _Answerer, packs: Sequence[Sequence[tuple[str, Trial]]]
+) -> dict[str, float]:
+    """Return MiB of weights to download, by repository."""
+    sizes: dict[str, float] = {}
+    for pack in packs:
+        science = pack[0][1].science
+        if repo := repo_to_download(science.model):
+            stored = getattr(answerer.config(science), "dtype", None)
+            itemsize = getattr(stored, "itemsize", 4)
+            sizes[repo] = answerer.forecaster(science).parameters * itemsize / MIB
+    return sizes

@@ -1,0 +1,291 @@
+"""The peaks of a pack, and whether it fits, by the worker's own planner."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from tinyllama_lab.config.schema import HardwareConfig, LoraConfig, Science
+from tinyllama_lab.config.variants import VARIANTS
+from tinyllama_lab.core.context import WorkerContext, gpu_tokens
+from tinyllama_lab.core.engines.base import ADAPTER_BYTES, Engine, WorkItem
+from tinyllama_lab.core.engines.packed.engine import PackedEngine
+from tinyllama_lab.core.engines.packed.llama import why_not_packed
+from tinyllama_lab.core.engines.peft import PeftEngine
+from tinyllama_lab.core.forecast.machine import Machine
+from tinyllama_lab.core.forecast.rows import ROUNDS, Rows
+from tinyllama_lab.core.forecast.trace import kept_mib_per_token
+from tinyllama_lab.core.models import lora as adapters
+from tinyllama_lab.core.models.loading import Base
+from tinyllama_lab.core.models.outline import Outline
+from tinyllama_lab.core.training.memory import Planner
+from tinyllama_lab.core.training.micro_batch import MicroBatchSize
+from tinyllama_lab.metrics import MIB
+
+_CACHE_SHARE = 0.25  # of a GPU's free memory, for keys and values; as `PackedEngine` takes it
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A trial with its rows."""
+
+    science: Science
+    rows: Rows
+
+
+@dataclass(frozen=True)
+class PackForecast:
+    """What a pack will need; MiB.
+
+    Attributes:
+        fits: whether each of its trials fits, at least alone.
+        together: how many adapters train at a time.
+        micro_batch_tokens: of the largest micro-batch.
+        gradient_checkpointing: whether activations are recomputed.
+        train_peak_mib: allocated on a GPU, resident on a CPU.
+        infer_peak_mib: the same while the adapters are scored.
+        free_mib: what the worker may take beside its base.
+    """
+
+    fits: list[bool]
+    together: int
+    micro_batch_tokens: int
+    gradient_checkpointing: bool
+    train_peak_mib: float
+    infer_peak_mib: float
+    free_mib: float
+    needs_mib: float
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What `PeakMemory.now_mib` would say once the base is loaded."""
+
+    mib: float
+
+    def now_mib(self) -> float:
+        return self.mib
+
+
+class _Planner(Planner):
+    """The worker's planner, with the free memory of a machine."""
+
+    def __init__(self, context: WorkerContext, engine: Engine[Any], free: float) -> None:
+        super().__init__(context, engine)
+        self._free = free
+
+    def _free_mib(self) -> float:
+        return self._free
+
+
+class Forecaster:
+    """Forecasts packs on one base."""
+
+    def __init__(
+        self, outline: Outline, hardware: HardwareConfig, machine: Machine, stored: str
+    ) -> None:
+        """`stored` is `Base.weights`, by which measured speeds are found."""
+        self._outline, self._machine = outline, machine
+        self._hardware = hardware
+        reason = why_not_packed(outline.model)
+        self.not_packed = reason or ("int8" if outline.quant.kind == "int8" else None)
+        model, tokenizer = outline.model, cast(Any, None)  # rows are tokens already
+        parameters = sum(p.numel() for p in model.parameters())
+        self._base = Base(
+            model, tokenizer, machine.device, outline.dtype, parameters, weights=stored
+        )
+        keeps = hardware.keep_dequantized and not self.not_packed
+        self.weights_mib = outline.weights_mib + (outline.dense_mib() if keeps else 0.0)
+        self.baseline_mib = machine.process_mib + self.weights_mib
+        self.room_mib = machine.free_mib - self.baseline_mib
+        self._kept: dict[str, float] = {}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the base computes in."""
+        return self._base.dtype
+
+    @property
+    def parameters(self) -> int:
+        """Values of the base."""
+        return self._base.parameters
+
+    @property
+    def block_parameters(self) -> int:
+        """Values that every token is multiplied with: those of the blocks, without the head."""
+        model = self._base.model
+        outer = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+        kept = [m for m in model.modules() if isinstance(m, nn.Linear) and id(m) not in outer]
+        return sum(module.in_features * module.out_features for module in kept)
+
+    def is_packed(self, lora: LoraConfig) -> bool:
+        """Return whether adapters of this kind train together."""
+        return not (self.not_packed or VARIANTS[lora.variant].not_packed)
+
+    def size(self, lora: LoraConfig) -> tuple[int, float]:
+        """Return the trained values of an adapter, and MiB of its file."""
+        count = adapters.count_parameters(self._base.model, lora)
+        shapes = adapters.target_shapes(self._base.model, lora)
+        header = {
+            f"base_model.model.{name}.lora_{part}.weight": {
+                "dtype": "F32",
+                "shape": [lora.r, shape[0]],
+                "data_offsets": [count, count],
+            }
+            for name, shape in shapes.items()
+            for part in "AB"
+        }
+        return count, (4 * count + len(json.dumps(header, separators=(",", ":")))) / MIB
+
+    def forecast(self, trials: Sequence[Trial]) -> PackForecast:
+        """Return what a pack will need."""
+        science, engine = trials[0].science, self._engine(trials[0].science)
+        planner, context = self._planner(engine, trials)
+        sizes = [engine.adapter_mib(each.science.lora) for each in trials]
+        longest = max(len(each.rows.longest.ids) for each in trials)
+        fixed = science.train.deterministic
+        together = planner.plan_training(sizes, longest, fixed)
+        largest = most = 0
+        for tokens, count in self._steps(engine, planner, context, trials[:together]):
+            planner.predict(sizes[:together], tokens, count)
+            largest, most = max(largest, tokens), max(most, count)
+        steps = max(each.rows.step_count(each.science) for each in trials[:together])
+        if steps > ROUNDS:  # the others are as large, and come after more of them
+            planner.pass_over((steps - ROUNDS - 1) * most)
+            planner.predict(sizes[:together], largest, most)
+        alone = [self._alone(engine, trial) for trial in trials]
+        return PackForecast(
+            [needs <= self.room_mib for needs in alone],
+            together,
+            largest,
+            planner.checkpointing,
+            planner.predicted()["memory/predicted_mib"],
+            self._scoring(engine, planner, context, trials),
+            self.room_mib,
+            max(alone),
+        )
+
+    def _engine(self, science: Science) -> Engine[Any]:
+        if not self.is_packed(science.lora):
+            return PeftEngine(self._base)
+        cache = max(0, int(_CACHE_SHARE * self.room_mib)) if self._machine.is_gpu else None
+        mixed = not science.train.deterministic
+        return PackedEngine(self._base, mixed, triton=False, cache_mib=cache)
+
+    def _planner(
+        self, engine: Engine[Any], trials: Sequence[Trial]
+    ) -> tuple[_Planner, WorkerContext]:
+        hardware, tokens = self._hardware, self._hardware.micro_batch_tokens
+        if self._machine.is_gpu and tokens is None:
+            total = self._machine.free_mib + self._machine.overhead_mib
+            hardware = replace(hardware, micro_batch_tokens=gpu_tokens(int(total * MIB)))
+        held: Any = _Held(self.baseline_mib)
+        data: Any = None  # rows are read already
+        context = WorkerContext(self._base, data, hardware, held, "", lambda: False)
+        planner = _Planner(context, engine, self.room_mib)
+        planner.assume(self._kept_per_token(trials[0]))
+        return planner, context
+
+    def _kept_per_token(self, trial: Trial) -> float:
+        lora, longest = trial.science.lora, trial.rows.longest
+        packed = self.is_packed(lora)
+        key = repr((asdict(lora), len(longest.ids), longest.labels, packed))
+        if key not in self._kept:
+            is_gpu = self._machine.is_gpu
+            kept = kept_mib_per_token(self._outline, lora, longest, packed, is_gpu)
+            if is_gpu and packed and not self._machine.has_varlen:
+                kept += self._repeated_keys_mib()
+            self._kept[key] = kept
+        return self._kept[key]
+
+    def _repeated_keys_mib(self) -> float:
+        """Return MiB a token of what attention on older GPUs keeps in addition.
+
+        PyTorch's kernel there wants as many keys and values as queries, and keeps its result.
+        """
+        config: Any = self._outline.model.config
+        width = config.num_attention_heads * _head_size(config)
+        return 3 * width * config.num_hidden_layers * self._outline.dtype.itemsize / MIB
+
+    def _steps(
+        self,
+        engine: Engine[Any],
+        planner: Planner,
+        context: WorkerContext,
+        trials: Sequence[Trial],
+    ) -> Iterator[tuple[int, int]]:
+        """Yield the tokens of the largest micro-batch, and their number, of the first steps."""
+        size, hardware = MicroBatchSize(context), context.hardware
+        steps = [trial.rows.steps(trial.science) for trial in trials]
+        owners = [object() for _ in trials]
+        for number in range(max(map(len, steps))):
+            items = [
+                WorkItem(owner, example)
+                for owner, rows in zip(owners, steps, strict=True)
+                for example in (rows[number] if number < len(rows) else [])
+            ]
+            tokens = sum(len(item.example.ids) for item in items)
+            limit = size.next(tokens, planner.micro_batch_sizes)
+            if planner.micro_batch_sizes and not (size.is_chosen or hardware.micro_batch_tokens):
+                limit = planner.micro_batch_sizes[-1]  # its turn comes
+            batches = engine.micro_batches(items, limit)
+            yield max(sum(len(i.example.ids) for i in batch) for batch in batches), len(batches)
+
+    def _alone(self, engine: Engine[Any], trial: Trial) -> float:
+        """Return MiB beside the base that a trial needs alone, with every remedy of the worker."""
+        planner, context = self._planner(engine, [trial])
+        adapter_mib = engine.adapter_mib(trial.science.lora)
+        longest = len(trial.rows.longest.ids)
+        planner.plan_training([adapter_mib], longest, trial.science.train.deterministic)
+        needed = planner.predicted_alone(adapter_mib)["memory/alone_mib"]
+        return max(0.0, needed - self.baseline_mib)
+
+    def _scoring(
+        self,
+        engine: Engine[Any],
+        planner: Planner,
+        context: WorkerContext,
+        trials: Sequence[Trial],
+    ) -> float:
+        """Return the peak of scoring: optimizer states are gone, and nothing is kept."""
+        together = trials[: engine.max_concurrent or len(trials)]
+        share = 1 - 8 / ADAPTER_BYTES if self._base.dtype == torch.float32 else 1 - 8 / 18
+        sizes = [share * engine.adapter_mib(trial.science.lora) for trial in together]
+        heldout = [example for trial in together for example in trial.rows.heldout]
+        base = list(together[0].rows.heldout)
+        tokens = sum(len(example.ids) for example in [*heldout, *base])
+        labels = sum(example.labels for example in [*heldout, *base])
+        limit = 2 * context.micro_batch_tokens
+        cache = self._cache(engine, together)
+        return planner.scoring_mib(sizes, min(tokens, limit), min(labels, limit), cache)
+
+    def _cache(self, engine: Engine[Any], trials: Sequence[Trial]) -> float:
+        """Return MiB of the largest cache of keys and values: of generations, or of timing."""
+        config: Any = self._outline.model.config
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        values = 2 * config.num_hidden_layers * heads * _head_size(config)
+        a_token = values * self._outline.dtype.itemsize / MIB
+        settings, heldout = trials[0].science.eval, trials[0].rows.heldout
+        longest = max((len(example.prompt_ids) for example in heldout), default=0)
+        # a batch is decoded for one adapter at a time when it is timed
+        timed = settings.latency_batch * (longest + settings.latency_tokens + 1)
+        tokens = timed if settings.latency_tokens else 0
+        examples = list(heldout[: settings.generations])
+        if examples:
+            # the base generates along with the adapters
+            items: list[WorkItem[Any]] = [WorkItem(None, e) for e in examples] * (len(trials) + 1)
+            rows = min(len(items), engine.max_prompts(items, settings.max_new_tokens))
+            tokens = max(tokens, rows * (longest + settings.max_new_tokens))
+        return tokens * a_token
+
+
+def _head_size(config: Any) -> int:
+    """Return the width of an attention head."""
+    return int(
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )

@@ -1,0 +1,177 @@
+"""The forecast of a plan: peaks and seconds of its trials and packs, its disk and downloads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from tinyllama_lab.config.schema import Config, Science, part
+from tinyllama_lab.data.sources import load_held_out, load_rows
+from tinyllama_lab.data.splits.local_split import load_split
+from tinyllama_lab.data.splits.splits import Split
+from tinyllama_lab.report.analysis.earlier import studies_below
+from tinyllama_lab.sweep.ask.cost import KnownCosts, estimated_tokens, known_costs
+from tinyllama_lab.sweep.execution.slots import find_slots
+from tinyllama_lab.sweep.forecast.minutes import speed_of
+from tinyllama_lab.sweep.forecast.process import Estimate, Forecasting
+from tinyllama_lab.sweep.plan import Plan, Planned
+
+TRIAL_MIB = 0.6  # of a trial's folder besides its adapter: losses, log, picture, tokenizer
+CHECKPOINT_MIB = 3.0  # of a checkpoint and the one before it, for each MiB of an adapter's file
+
+
+@dataclass(frozen=True)
+class TrialForecast:
+    """What one trial needs.
+
+    Attributes:
+        planned: the trial.
+        facts: what the worker half computed for it; see `core.forecast.answer`.
+        seconds: without the start of a worker; None if nothing is known about the speed.
+        speed_source: what the seconds rest on.
+        rows_source: what the tokens rest on; empty if a tokenizer counted them.
+    """
+
+    planned: Planned
+    facts: dict[str, Any]
+    seconds: float | None
+    speed_source: str
+    rows_source: str
+
+    @property
+    def fits(self) -> bool:
+        """Whether it fits, at least alone and with every remedy of the worker."""
+        return bool(self.facts["fits"])
+
+    @property
+    def why(self) -> str:
+        """Why it does not fit, and what does."""
+        instead = self.facts["instead"]
+        way = f"nearest that fits: {' '.join(instead)}" if instead else "no setting makes it fit"
+        needs, has = self.facts["needs_mib"], max(0.0, self.facts["free_mib"])
+        return f"does not fit: {needs:,.0f} MiB beside the base, and there are {has:,.0f}; {way}"
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What the missing trials of a plan need."""
+
+    config: Config
+    trials: list[TrialForecast]
+    reply: dict[str, Any]  # of the worker half
+    workers: int
+
+    @property
+    def packs(self) -> list[dict[str, Any]]:
+        """What every pack needs."""
+        return list(self.reply["packs"])
+
+    @property
+    def unfit(self) -> list[TrialForecast]:
+        """The trials that do not fit, even alone."""
+        return [trial for trial in self.trials if not trial.fits]
+
+    @property
+    def counted(self) -> list[TrialForecast]:
+        """The trials that the command would run."""
+        skips = self.config.plan.skip_unfit
+        return [trial for trial in self.trials if trial.fits or not skips]
+
+    @property
+    def seconds(self) -> float | None:
+        """Seconds of the whole sweep: its packs, divided among the workers."""
+        seconds = [trial.seconds for trial in self.counted]
+        if any(each is None for each in seconds):
+            return None
+        starts = float(self.reply["start_s"]) * math.ceil(len(self.packs) / self.workers)
+        return starts + math.fsum(each or 0.0 for each in seconds) / self.workers
+
+    @property
+    def disk_mib(self) -> float:
+        """MiB that stay on the disk, and checkpoints while trials run."""
+        adapters = math.fsum(trial.facts["adapter_mib"] for trial in self.counted)
+        return (1 + CHECKPOINT_MIB) * adapters + TRIAL_MIB * len(self.counted)
+
+
+def forecast(plan: Plan, process: Forecasting, launcher: str = "local") -> Forecast | None:
+    """Return the forecast of the trials that a plan would run; None if there are none.
+
+    Raises:
+        LabError: a base or its rows cannot be used.
+    """
+    if not plan.todo:
+        return None
+    hardware = plan.config.hardware
+    # a card is one GPU, or one worker on a CPU
+    workers = 1 if hardware.card.name else find_slots(hardware, launcher).size
+    earlier = _Earlier(plan)
+    known = {planned.trial.key: earlier.costs(planned) for planned in plan.todo}
+    estimates = {key: estimate for key, (_, estimate) in known.items()}
+    settings = asdict(hardware) | {"workers": workers}
+    reply = process.ask(plan.packs(workers), settings, estimates)
+    trials = []
+    for planned in plan.todo:
+        costs, estimate = known[planned.trial.key]
+        facts = reply["trials"][planned.trial.key]
+        speed = speed_of(costs, hardware.card, reply)
+        seconds = speed.seconds(planned, facts) if speed else None
+        source = "" if facts["is_counted"] else estimate.source
+        trials.append(
+            TrialForecast(planned, facts, seconds, speed.source if speed else "", source)
+        )
+    return Forecast(plan.config, trials, reply, workers)
+
+
+def leave_out(plan: Plan, unfit: Sequence[TrialForecast]) -> None:
+    """Remove trials from a plan, with a note for each."""
+    keys = {trial.planned.trial.key for trial in unfit}
+    plan.notes += [
+        f"left out: {trial.planned.label or 'the trial'} {trial.why}" for trial in unfit
+    ]
+    plan.trials = [planned for planned in plan.trials if planned.trial.key not in keys]
+    plan.todo = [planned for planned in plan.todo if planned.trial.key not in keys]
+    # nothing was asked of them any more, so their absence is no failure
+    plan.requested_keys = [key for key in plan.requested_keys if key not in keys]
+
+
+class _Earlier:
+    """What earlier trials of each base and data set of a plan cost."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._studies = studies_below(plan.study.root)
+        self._config = plan.config
+        self._known: dict[str, tuple[KnownCosts, Estimate]] = {}
+
+    def costs(self, planned: Planned) -> tuple[KnownCosts, Estimate]:
+        """Return the costs of a trial's base, and the estimated lengths of its rows."""
+        science: Science = part(Science, planned.config)
+        of_data = replace(science.data, n=1)
+        key = repr((science.model, science.quant, science.train.precision, of_data))
+        if key not in self._known:
+            groups = {name: getattr(science, name) for name in ("model", "quant", "train", "data")}
+            config = replace(self._config, **groups)
+            # models of other sources bring their tokenizer
+            split = _split(config) if science.model.source in ("hub", "local") else None
+            known = known_costs(self._studies, config, split)
+            self._known[key] = known, _estimate(known, config, split)
+        return self._known[key]
+
+
+def _split(config: Config) -> Split | None:
+    """Return the split of a local data set; None for the hub, which only a worker reads."""
+    if config.data.kind.is_remote:
+        return None
+    return load_split(config.data, load_rows, load_held_out)
+
+
+def _estimate(known: KnownCosts, config: Config, split: Split | None) -> Estimate:
+    """Return the lengths of the rows, for where no tokenizer of this machine can count them."""
+    if split is not None:
+        lengths = estimated_tokens(split.train, config.data)
+        return Estimate(known.tokens_a_row, max(lengths), len(lengths), known.tokens_source)
+    if known.tokens_a_row is not None:
+        return Estimate(known.tokens_a_row, source=known.tokens_source)
+    most = f"data.max_length={config.data.max_length}"
+    return Estimate(source=f"not known before the download; every row counted as {most}, the most")
