@@ -581,6 +581,11 @@ def test_the_command_prints_what_to_type_and_ends_in_the_middle_of_an_answer(
     assert "curl http://127.0.0.1" in out and service.models[1] in out
     (line,) = [line for line in out.splitlines() if "vllm serve" in line]
     assert "--enable-lora --max-lora-rank 8 --lora-modules" in line
+    template = Path(line.partition("--chat-template ")[2].split()[0])
+    assert template == StudyFolder(study.root, "tiny").trials_dir / service.models[0] / (
+        "adapter/chat_template.jinja"
+    )
+    assert "generation_prompt" in template.read_text()
     folders = dict(word.split("=", 1) for word in line.partition("--lora-modules ")[2].split())
     assert set(folders) == set(service.models)
     assert all((Path(path) / "adapter_config.json").is_file() for path in folders.values())

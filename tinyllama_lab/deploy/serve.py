@@ -194,4 +194,7 @@ def vllm_command(service: Service, served: Sequence[Selection]) -> str:
     adapters = [f"{each.label}={each.trial.row.trial.adapter_dir}" for each, _ in plain]
     base = str(service.assistant.base.model.name_or_path)
     options = ["--enable-lora", "--max-lora-rank", str(rank), "--lora-modules", *adapters]
+    template = plain[0][0].trial.row.trial.template_file
+    if template.is_file():  # adapters of earlier versions have none
+        options = ["--chat-template", str(template), *options]
     return shlex.join(["vllm", "serve", base, *options])

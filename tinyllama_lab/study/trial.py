@@ -291,6 +291,11 @@ class TrialFolder(ResultFolder):
         return self.folder / "adapter"
 
     @property
+    def template_file(self) -> Path:
+        """The chat template that renders the prompts of training, as transformers names it."""
+        return self.adapter_dir / "chat_template.jinja"
+
+    @property
     def weights_file(self) -> Path:
         return self.adapter_dir / ADAPTER_WEIGHTS
 

@@ -29,7 +29,7 @@ class Speed:
         training = 0.0 if planned.is_trained else self._training(facts)
         if self.scoring_s is not None:
             return training + self.scoring_s * planned.evaluation_work
-        rows = max(1, planned.config["data"]["eval_n"])
+        rows = max(1, int(planned.config["data"]["eval_n"]))
         a_row = float(facts["heldout_tokens"]) / rows
         tokens = a_row * planned.evaluation_work / PASSES_TO_TRAIN
         a_token = self._training(facts) / max(1, int(facts["tokens"]))
