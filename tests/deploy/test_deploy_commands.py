@@ -68,6 +68,20 @@ def test_a_conversation_switches_between_adapters_and_the_base(
     assert printed.err.count("tokens") >= 3
 
 
+@pytest.mark.parametrize("holds", ["thesis.tex", "config.json and photos/", "notes.txt"])
+def test_force_replaces_an_earlier_export_and_no_other_folder(
+    study: StudyFolder, tmp_path: Path, holds: str
+) -> None:
+    """The folder is deleted first, and a user may type `to=.` or the name of a home folder."""
+    for name in holds.split(" and "):
+        path = tmp_path / "mine" / name
+        path.parent.mkdir(exist_ok=True)
+        path.mkdir() if name.endswith("/") else path.write_text("mine")
+    with pytest.raises(StudyError, match="nothing but an earlier export, and .* holds"):
+        run(study, "merge", "trial=r=4", f"to={tmp_path / 'mine'}", "force=true")
+    assert len([*(tmp_path / "mine").iterdir()]) == len(holds.split(" and "))
+
+
 def test_merge_and_gguf_write_what_transformers_and_llama_cpp_read(
     study: StudyFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

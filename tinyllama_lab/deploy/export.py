@@ -34,6 +34,7 @@ from tinyllama_lab.study.trial import TrialFolder, digest
 QUANTIZED = {"q4_k_m": LlamaFileType.MOSTLY_Q4_K_M}
 MODEL_KINDS = (*FILE_TYPES, *QUANTIZED)  # of files with a whole model
 KINDS = (*MODEL_KINDS, LORA)
+_OF_MODELS = (".safetensors", ".json", ".jinja", ".txt", ".model")  # suffixes of files
 Say = Callable[[str], None]
 
 
@@ -164,10 +165,31 @@ def _published(target: Path) -> Iterator[Path]:
 
 
 def _check_free(target: Path, force: bool) -> None:
-    if target.exists() and not force:
+    """Check that nothing is replaced but an earlier export, and that only with `force`.
+
+    Raises:
+        StudyError: it would be.
+    """
+    if not target.exists():
+        return
+    if not force:
         raise StudyError(
             f"an export must not replace another one, and {target} exists; set force=true"
         )
+    # a user may have typed the name of any folder
+    if target.is_dir() and (other := next(_others(target), None)):
+        raise StudyError(
+            f"force=true must replace nothing but an earlier export, and {target} holds {other}; "
+            "choose another folder"
+        )
+
+
+def _others(folder: Path) -> Iterator[str]:
+    """Yield what is in a folder beside the files of a saved model."""
+    names = [path.name for path in folder.iterdir()]
+    if names and "config.json" not in names:
+        yield "no model"
+    yield from (p.name for p in folder.iterdir() if p.is_dir() or p.suffix not in _OF_MODELS)
 
 
 def deploy(selection: Selection, wanted: Wanted, device: str, say: Say) -> list[ExportRow]:
