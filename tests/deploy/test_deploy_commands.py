@@ -68,6 +68,17 @@ def test_a_conversation_switches_between_adapters_and_the_base(
     assert printed.err.count("tokens") >= 3
 
 
+def test_an_export_never_replaces_the_working_folder(
+    study: StudyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for to in (".", "..", str(tmp_path)):
+        with pytest.raises(StudyError, match="a folder of its own"):
+            run(study, "merge", "trial=r=4", f"to={to}", "force=true")
+    assert (tmp_path / "here").is_dir()
+
+
 @pytest.mark.parametrize("holds", ["thesis.tex", "config.json and photos/", "notes.txt"])
 def test_force_replaces_an_earlier_export_and_no_other_folder(
     study: StudyFolder, tmp_path: Path, holds: str
@@ -114,7 +125,7 @@ def test_merge_and_gguf_write_what_transformers_and_llama_cpp_read(
         (["chat", "temperature=inf"], "temperature must be a number from 0, got 'inf'"),
         (["chat", "device=tpu", "--once", "x"], "device must be one of auto, cpu, cuda"),
         (["merge", "device=cpu"], "this command takes .*got 'device=cpu'"),
-        (["talk"], "this command takes .*got 'talk'"),
+        (["chat", "talk"], "this command takes .*got 'talk'"),
     ],
 )
 def test_a_wrong_argument_is_refused_in_one_sentence(
@@ -122,6 +133,11 @@ def test_a_wrong_argument_is_refused_in_one_sentence(
 ) -> None:
     with pytest.raises(ConfigError, match=problem):
         run(study, *arguments)
+
+
+def test_a_mistyped_command_is_told_the_commands() -> None:
+    with pytest.raises(ConfigError, match="must be one of chat, serve, merge.*got 'mrege'"):
+        main(["mrege"])
 
 
 def test_without_llama_cpp_nothing_is_begun_that_needs_it(

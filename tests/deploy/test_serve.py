@@ -470,8 +470,9 @@ def test_a_completer_that_cannot_be_emptied_ends_all_requests(service: Service) 
 
 
 def test_without_the_token_nothing_is_said(service: Service) -> None:
-    with serving(replace(service, token="sécret")) as client:
-        for headers in ({}, {"Authorization": "Bearer secret"}, {"Authorization": "sécret"}):
+    with serving(replace(service, token="sécret", is_local=False)) as client:
+        wrong: list[dict[str, str]] = [{}, {"Authorization": "Bearer secret"}, {"Host": "x?"}]
+        for headers in (*wrong, {"Authorization": "sécret"}, {"Host": "x/y"}):
             status, answer, sent = client.ask("/v1/models", **headers)
             assert (status, answer["error"]["code"]) == (401, "invalid_api_key")
             assert sent["WWW-Authenticate"] == "Bearer"
@@ -507,6 +508,7 @@ def test_other_machines_are_let_in_with_a_token_only(host: str) -> None:
         ({"Host": "localhost:80", "Origin": "http://attacker.example"}, 403),
         ({"Host": "localhost:80", "Origin": "http://localhost:81"}, 403),
         ({"Host": "localhost:80", "Origin": "null"}, 403),
+        ({"Host": "localhost:80", "Origin": "http://["}, 403),
     ],
 )
 def test_other_sites_cannot_use_a_server_of_this_machine(
@@ -531,6 +533,7 @@ def test_other_sites_cannot_use_a_server_of_this_machine(
         (["host=0.0.0.0"], "needs a token"),
         (["host=no.such.host.invalid"], "host must be an address of this machine"),
         (["host=192.0.2.1", "token=x"], "cannot be used"),
+        (["host=x..y"], "host must be an address of this machine"),
         (["temperature=1"], "this command takes .*got 'temperature=1'"),
     ],
 )
@@ -580,7 +583,7 @@ def test_the_command_prints_what_to_type_and_ends_in_the_middle_of_an_answer(
     assert "stopped" in err and "Traceback" not in err
     assert "curl http://127.0.0.1" in out and service.models[1] in out
     (line,) = [line for line in out.splitlines() if "vllm serve" in line]
-    assert "--enable-lora --max-lora-rank 8 --lora-modules" in line
+    assert "--enable-lora --max-lora-rank 8 --max-loras 2 --lora-modules" in line
     template = Path(line.partition("--chat-template ")[2].split()[0])
     assert template == StudyFolder(study.root, "tiny").trials_dir / service.models[0] / (
         "adapter/chat_template.jinja"

@@ -273,6 +273,10 @@ def main(arguments: Sequence[str]) -> None:
         print(_HELP)
     elif arguments and arguments[0] in _COMMANDS:
         _COMMANDS[arguments[0]](arguments[1:])
+    elif arguments and "=" not in arguments[0]:
+        raise ConfigError(
+            [f"the command must be one of {', '.join(_COMMANDS)} or none, got {arguments[0]!r}"]
+        )
     else:
         _deploy(arguments)
 

@@ -42,6 +42,7 @@ class Assistant:
 
         Raises:
             StudyError: it was trained on another base, or cannot run beside the others.
+            DataError: its data must be read to know its prompts, and cannot be.
         """
         if selection.label in self._formats:
             return
@@ -51,9 +52,11 @@ class Assistant:
                 f"all adapters here share one base, and {selection.label} was trained on another "
                 f"one; start again with trial={selection.trial.key}"
             )
-        self.completer.load(selection.label, selection.trial.row.trial)
         trial = selection.trial.row.trial
-        self._formats[selection.label] = prompt_format(trial, self.base.tokenizer)
+        # first: an adapter without a format must not stay in memory
+        trained_format = prompt_format(trial, self.base.tokenizer)
+        self.completer.load(selection.label, trial)
+        self._formats[selection.label] = trained_format
 
     def request(
         self,

@@ -16,12 +16,12 @@ from tinyllama_lab.config.axes import words
 from tinyllama_lab.config.schema import DataConfig, ModelConfig, Science, part
 from tinyllama_lab.core.card import HERE, Card, Facts, Interval, is_own, trial_card
 from tinyllama_lab.core.dataset.chat_template import closing_ids
-from tinyllama_lab.core.dataset.prompts import PromptFormat
 from tinyllama_lab.core.models import smollm2
 from tinyllama_lab.core.models.loading import TRUSTED_FILES, read_tokenizer, repo_to_download
 from tinyllama_lab.data.hub import cached_snapshot
 from tinyllama_lab.data.snapshots import Kind
 from tinyllama_lab.deploy.selection import Selection
+from tinyllama_lab.deploy.trained import prompt_format
 from tinyllama_lab.errors import StudyError
 from tinyllama_lab.metrics import HELDOUT_LOSS, PERPLEXITY
 from tinyllama_lab.report.analysis.example_losses import Losses, read_losses
@@ -81,7 +81,7 @@ def complete(trial: TrialFolder) -> bool:
         science: Science = part(Science, trial.read_config())
         if repo_to_download(science.model):
             return False
-        PromptFormat(read_tokenizer(science.model)[0], science.data).save_tokenizer(folder)
+        prompt_format(trial, read_tokenizer(science.model)[0]).save_tokenizer(folder)
     return True
 
 

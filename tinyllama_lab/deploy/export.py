@@ -53,6 +53,7 @@ def export_merged(trial: TrialFolder, target: Path, into: str, force: bool) -> N
     Raises:
         StudyError: the folder exists and `force` is false.
     """
+    target = target.resolve()  # `.` has no name to rename to
     _check_free(target, force)
     with atomic_folder(target) as folder:
         merge(trial, folder, into)
@@ -73,16 +74,22 @@ def export_gguf(selection: Selection, wanted: Wanted, say: Say) -> list[Path]:
     for kind in wanted.kinds:
         _check_free(_file(exports, kind), wanted.force)
     models = [kind for kind in wanted.kinds if kind != LORA]
-    if models and not exports.merged_dir.exists():
+    if models and (wanted.force or not exports.merged_dir.exists()):
         say("merging")
         export_merged(trial, exports.merged_dir, "dequantized", wanted.force)
-    for kind in models:
+    return _write_files(selection, wanted, say)
+
+
+def _write_files(selection: Selection, wanted: Wanted, say: Say) -> list[Path]:
+    """Write the files of `export_gguf` for a trial that is merged."""
+    exports = Exports(selection.trial.row.trial.deploy_dir)
+    base = [_base_file(selection, wanted.base_kind)] if LORA in wanted.kinds else []
+    for kind in wanted.kinds:
+        if kind == LORA:
+            _export_lora(selection, wanted, say)
+            continue
         say(f"writing {exports.gguf_file(kind).name}")
         _write_model(exports.merged_dir, exports.gguf_file(kind), kind, say)
-    base = []
-    if LORA in wanted.kinds:
-        base = [_base_file(selection, wanted.base_kind)]
-        _export_lora(selection, wanted, say)
     last = _file(exports, wanted.kinds[-1])
     lines = [f"FROM ./{last.name}"]
     if last == exports.lora_file:
@@ -177,6 +184,8 @@ def _check_free(target: Path, force: bool) -> None:
             f"an export must not replace another one, and {target} exists; set force=true"
         )
     # a user may have typed the name of any folder
+    if target in (Path.cwd(), *Path.cwd().parents):
+        raise StudyError(f"an export must have a folder of its own, got {target}; set to=my_model")
     if target.is_dir() and (other := next(_others(target), None)):
         raise StudyError(
             f"force=true must replace nothing but an earlier export, and {target} holds {other}; "
@@ -219,7 +228,7 @@ def deploy(selection: Selection, wanted: Wanted, device: str, say: Say) -> list[
         forms[LORA].insert(0, _base_file(selection, wanted.base_kind))
     missing = [k for k in wanted.kinds if wanted.force or not all(f.exists() for f in forms[k])]
     if missing:
-        export_gguf(selection, replace(wanted, kinds=missing), say)
+        _write_files(selection, replace(wanted, kinds=missing), say)
     rows = measure_forms(trial, forms, device, lambda form: say(f"measuring {form}"))
     exports.write_measured(rows)
     return rows

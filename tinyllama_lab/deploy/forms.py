@@ -43,6 +43,7 @@ class Measured:
     decode_tokens_per_s: float
     first_token_ms: float
     resident_mib: float  # the highest while it gives one answer
+    device: str  # `cpu` or `cuda`
     dtype: str  # in which it computes; of a GGUF file, that of its weights
 
 

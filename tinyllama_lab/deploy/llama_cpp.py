@@ -109,8 +109,18 @@ class GgufModel:
         context.n_ctx = context.n_batch = context.n_ubatch = context_tokens
         context.n_threads = context.n_threads_batch = threads or os.cpu_count()
         self._context = lib.llama_init_from_model(self._model, context)
+        if not self._context:
+            lib.llama_model_free(self._model)
+            raise ModelError(
+                f"llama.cpp has no memory for {context_tokens} tokens of {file}; end other "
+                "programs, or set types= to measure no such file"
+            )
         if adapter is not None:
-            self._add(adapter)
+            try:
+                self._add(adapter)
+            except ModelError:
+                self.close()
+                raise
         self._vocab = lib.llama_model_get_vocab(self._model)
         self.vocabulary = int(lib.llama_vocab_n_tokens(self._vocab))
 
@@ -123,6 +133,10 @@ class GgufModel:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the memory."""
         self._lib.llama_free(self._context)
         self._lib.llama_model_free(self._model)
 
@@ -137,11 +151,13 @@ class GgufModel:
     def text(self, ids: Sequence[int]) -> str:
         """Return the text of tokens, without special ones."""
         tokens = (self._lib.llama_token * len(ids))(*ids)
-        data = ctypes.create_string_buffer(64 * (len(ids) + 1))
-        count = self._lib.llama_detokenize(
-            self._vocab, tokens, len(ids), data, len(data), True, False
-        )
-        return data.raw[: max(count, 0)].decode(errors="replace")
+        count = -64 * (len(ids) + 1)
+        while count < 0:  # minus the bytes that are needed
+            data = ctypes.create_string_buffer(-count)
+            count = self._lib.llama_detokenize(
+                self._vocab, tokens, len(ids), data, len(data), True, False
+            )
+        return data.raw[:count].decode(errors="replace")
 
     def logits(self, ids: Sequence[int], first: int) -> NDArray[np.float32]:
         """Return the logits at the positions from `first` on, `[tokens, vocabulary]`."""

@@ -149,6 +149,7 @@ def _row(
         measured.first_token_ms,
         measured.resident_mib,
         file_mib,
+        measured.device,
     )
 
 

@@ -56,6 +56,7 @@ def _measure_gguf(task: Task) -> Measured:
             decode_tokens_per_s=statistics.median(speed.tokens_per_s),
             first_token_ms=statistics.median(speed.first_ms),
             resident_mib=peak_mib,
+            device="cpu",
             dtype=file.stem.rpartition("-")[2],  # of an adapter alone, that of its base
         )
 

@@ -56,6 +56,7 @@ def measure_torch(task: Task) -> Measured:
         decode_tokens_per_s=statistics.median(speed.tokens_per_s),
         first_token_ms=statistics.median(speed.first_ms),
         resident_mib=peak_mib,
+        device=base.device.type,
         dtype=str(base.dtype).removeprefix("torch."),
     )
 

@@ -19,11 +19,12 @@ from tinyllama_lab.deploy.assistant import Assistant
 from tinyllama_lab.deploy.scheduler import Scheduler
 from tinyllama_lab.deploy.selection import Selection, named_adapters
 from tinyllama_lab.deploy.server import BASE, DEFAULT, Service, create_app, is_loopback
-from tinyllama_lab.errors import ConfigError, Interrupted, StudyError
+from tinyllama_lab.errors import ConfigError, Interrupted, LabError
 
 TOKEN_VARIABLE = "TINYLLAMA_LAB_TOKEN"
 _GRACE_S = 3  # for the last bytes of answers when the server ends
 # the values that its option takes
+_VLLM_LORAS = 8  # decoded together; each takes memory
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
@@ -45,9 +46,10 @@ class Address:
             family, kind, _, _, address = socket.getaddrinfo(
                 self.host, self.port, type=socket.SOCK_STREAM
             )[0]
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # the latter for a name such as `x..y`
+            reason = getattr(error, "strerror", None) or "not a name of a host"
             raise ConfigError(
-                [f"host must be an address of this machine, got {self.host!r} ({error.strerror})"]
+                [f"host must be an address of this machine, got {self.host!r} ({reason})"]
             ) from None
         is_local = is_loopback(str(address[0]))
         if not is_local and not self.token:
@@ -128,7 +130,7 @@ def load(selection: Selection, device: str, say: _Say) -> tuple[Assistant, list[
         try:
             assistant.add(other)
             served.append(other)
-        except StudyError as error:
+        except LabError as error:
             say(f"left out: {error}")
     return assistant, served
 
@@ -193,7 +195,8 @@ def vllm_command(service: Service, served: Sequence[Selection]) -> str:
     rank = next((r for r in _VLLM_RANKS if r >= highest), highest)
     adapters = [f"{each.label}={each.trial.row.trial.adapter_dir}" for each, _ in plain]
     base = str(service.assistant.base.model.name_or_path)
-    options = ["--enable-lora", "--max-lora-rank", str(rank), "--lora-modules", *adapters]
+    options = ["--enable-lora", "--max-lora-rank", str(rank)]
+    options += ["--max-loras", str(min(len(adapters), _VLLM_LORAS)), "--lora-modules", *adapters]
     template = plain[0][0].trial.row.trial.template_file
     if template.is_file():  # adapters of earlier versions have none
         options = ["--chat-template", str(template), *options]

@@ -212,9 +212,9 @@ class _Guard:
             text = f"the header Host must name this machine, got {host[:80]!r}; use localhost"
             return ApiError(403, text, "wrong_host")
         origin = request.headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and _host_of(origin) != host:
             return ApiError(403, "pages of other sites may not use this server", "wrong_origin")
-        if self._service.token and request.url.path.startswith("/v1"):
+        if self._service.token and request.scope["path"].startswith("/v1"):
             sent = request.headers.get("authorization", "")
             wanted = f"Bearer {self._service.token}"
             # headers come as Latin-1; compared as bytes, since letters may be any
@@ -222,6 +222,14 @@ class _Guard:
                 text = "this server wants its token, as `Authorization: Bearer <token>`"
                 challenge = {"WWW-Authenticate": "Bearer"}
                 return ApiError(401, text, "invalid_api_key", headers=challenge)
+        return None
+
+
+def _host_of(origin: str) -> str | None:
+    """Return the host and port of an `Origin` header; None if it is malformed."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
         return None
 
 

@@ -97,6 +97,8 @@ def _change(row: ExportRow) -> str:
 def _sentence(row: ExportRow, trained: ExportRow) -> str:
     change, _, interval = _change(row).partition(" [")
     quality = f"{change} perplexity [{interval}" if interval else "perplexity not compared"
+    if row.device != trained.device:  # neither memory nor speed can be compared
+        return f"{row.form}: {quality} (measured on {row.device}, the adapter on {trained.device})"
     less = 1 - row.resident_mib / trained.resident_mib
     memory = f"{abs(less):.0%} {'less' if less >= 0 else 'more'} memory".replace("%", " %")
     speed = row.decode_tokens_per_s / trained.decode_tokens_per_s

@@ -34,6 +34,7 @@ class ExportRow:
     first_token_ms: float
     resident_mib: float
     file_mib: float
+    device: str = "cpu"  # on which speed and memory were measured
 
 
 @dataclass(frozen=True)

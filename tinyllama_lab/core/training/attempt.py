@@ -6,7 +6,7 @@ import logging
 import shutil
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from tinyllama_lab.config.schema import DataConfig, EvalConfig, Science, part
 from tinyllama_lab.core.card import Facts, trial_card
 from tinyllama_lab.core.context import WorkerContext
-from tinyllama_lab.core.dataset.dataset import DataCache, Example, Prepared, check_room
+from tinyllama_lab.core.dataset.dataset import STYLE, DataCache, Example, Prepared, check_room
 from tinyllama_lab.core.dataset.prompts import PromptFormat
 from tinyllama_lab.core.engines.base import Adapter
 from tinyllama_lab.core.evaluation import latency
@@ -177,7 +177,9 @@ class Attempt:
         shutil.rmtree(trial.eval_dir, ignore_errors=True)
         with atomic_folder(trial.adapter_dir) as temporary:
             adapter.save(temporary)
-            PromptFormat(context.base.tokenizer, self.science.data).save_tokenizer(temporary)
+            # of a set of the hub, the rows decide the style, which the configuration lacks
+            data = replace(self.science.data, style=self.result.data[STYLE])
+            PromptFormat(context.base.tokenizer, data).save_tokenizer(temporary)
             if context.saved_adapter_dir is not None:
                 share_equal(temporary, context.saved_adapter_dir)
         context.saved_adapter_dir = trial.adapter_dir
