@@ -1,9 +1,11 @@
 """How well `plan` forecasts: varied trials are run on this CPU, each in a worker of its own.
 
-python -m benchmarks.forecast measured.jsonl          # measures what the file lacks, then compares
-python -m benchmarks.forecast measured.jsonl --show   # compares again, and measures nothing
+python -m benchmarks.forecast measured.jsonl          # runs what the file lacks, then compares
+python -m benchmarks.forecast measured.jsonl --show   # prints the tables, and runs nothing
 
-A run is one pack. Its peaks do not depend on what else the machine does; its seconds do.
+A run is one pack, and its forecast is made right before it: a run may change what the next worker
+knows about its machine, such as the best size of a micro-batch. Peaks do not depend on what else
+the machine does; seconds do.
 """
 
 from __future__ import annotations
@@ -89,9 +91,10 @@ _WORDS = "a train to the coast and a room with a view near the old harbour in th
 
 @dataclass(frozen=True)
 class Run:
-    """One pack: its settings as typed, and the metrics of its trials once it has run."""
+    """One pack: its settings as typed, its forecast, and then the metrics of its trials."""
 
     settings: str
+    forecast: dict[str, Any]
     metrics: list[dict[str, float]]
 
 
@@ -124,8 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 measured[settings] = _measure(settings, typed, Path(root))
                 _append(options.file, measured[settings])
         wanted = [measured[s] for s in runs(options.model) if s in measured]
-        typed_runs = [_typed(run.settings, rows, options.threads) for run in wanted]
-        print("\n".join(_table(wanted, _forecasts(typed_runs, Path(root)))))
+        print("\n".join(_table(wanted)))
 
 
 class _Plain(argparse.RawDescriptionHelpFormatter):
@@ -154,14 +156,15 @@ def _plan(typed: Sequence[str], root: Path, name: str) -> Plan:
 
 
 def _measure(settings: str, typed: Sequence[str], root: Path) -> Run:
-    """Run one pack in a process of its own."""
+    """Forecast one pack, and run it in a process of its own."""
     plan = _plan(typed, root, f"run{abs(hash(settings))}")
+    forecast = _forecast(plan)
     pack = write_pack(plan)
     worker = [sys.executable, "-m", "tinyllama_lab.core.worker", str(pack.folder)]
     done = subprocess.run(worker, capture_output=True, text=True, check=False)
     if done.returncode:
         raise LabError(f"the worker of {settings} ended with {done.returncode}: {done.stderr}")
-    return Run(settings, [result_of(planned.trial).metrics for planned in plan.trials])
+    return Run(settings, forecast, [result_of(planned.trial).metrics for planned in plan.trials])
 
 
 def _read(file: Path) -> Iterator[Run]:
@@ -175,32 +178,25 @@ def _append(file: Path, run: Run) -> None:
         lines.write(json.dumps(asdict(run)) + "\n")
 
 
-def _forecasts(typed_runs: Sequence[Sequence[str]], root: Path) -> list[dict[str, Any]]:
-    """Return the forecast of every run; runs with the same hardware share a process."""
-    plans = [_plan(typed, root, "forecast") for typed in typed_runs]
-    groups: dict[str, list[int]] = {}
-    for number, plan in enumerate(plans):
-        groups.setdefault(json.dumps(asdict(plan.config.hardware)), []).append(number)
-    replies: dict[int, dict[str, Any]] = {}
-    for hardware, numbers in groups.items():
-        packs = [plans[number].trials for number in numbers]
-        estimates = {each.trial.key: Estimate() for pack in packs for each in pack}
-        with Forecasting() as process:
-            reply = process.ask(packs, json.loads(hardware), estimates)
-        replies |= zip(numbers, reply["packs"], strict=True)
-    return [replies[number] for number in range(len(plans))]
+def _forecast(plan: Plan) -> dict[str, Any]:
+    """Return the forecast of a plan's only pack."""
+    estimates = {planned.trial.key: Estimate() for planned in plan.trials}
+    with Forecasting() as process:
+        reply = process.ask([plan.trials], asdict(plan.config.hardware), estimates)
+    pack: dict[str, Any] = reply["packs"][0]
+    return pack
 
 
-def _table(measured: Sequence[Run], forecasts: Sequence[dict[str, Any]]) -> Iterator[str]:
+def _table(measured: Sequence[Run]) -> Iterator[str]:
     """Yield the lines of Markdown tables: every run, then the errors."""
     yield "| settings | training, MiB | forecast | error | scoring, MiB | forecast | error |"
     yield "|---|--:|--:|--:|--:|--:|--:|"
     errors: dict[str, list[float]] = {peak: [] for peak in PEAKS}
-    for run, forecast in zip(measured, forecasts, strict=True):
+    for run in measured:
         cells = []
         for peak in PEAKS:
             real = max(metrics[f"memory/{peak}_peak_mib"] for metrics in run.metrics)
-            told = forecast[f"{peak}_peak_mib"]
+            told = run.forecast[f"{peak}_peak_mib"]
             errors[peak].append(told / real - 1)
             cells += [f"{real:,.0f}", f"{told:,.0f}", f"{told / real - 1:+.1%}"]
         settings = run.settings.replace(LONG, "long rows")

@@ -76,7 +76,7 @@ def peak(case: Case, extent: Extent, device: str) -> Peak:
         if case.recomputed:
             planner.recompute()
         tokens = min(context.micro_batch_tokens, case.batch_size * case.adapters * row_tokens)
-        planner.predict([engine.adapter_mib(trial.lora) for trial in trials], tokens)
+        planner.predict([engine.adapter_mib(trial.lora) for trial in trials], [tokens])
         pack.train(STEPS)
     finally:
         pack.close()

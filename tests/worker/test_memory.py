@@ -211,8 +211,8 @@ def test_the_prediction_is_the_highest_and_includes_used_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made, _ = planner(10**6, monkeypatch)
-    made.predict([ADAPTER] * 2, 300)
-    made.predict([ADAPTER], 100)
+    made.predict([ADAPTER] * 2, [300])
+    made.predict([ADAPTER], [100])
     kept, logits = 300 * PER_TOKEN, 300 * WORDS * 4 / MIB
     initial = ADAPTER * 4 / 16  # PEFT's values, beside weight, gradient and two moments
     overhead = memory.LIBRARIES_MIB + memory.BACKWARD_MIB + memory.KERNELS_MIB
@@ -222,9 +222,10 @@ def test_the_prediction_is_the_highest_and_includes_used_memory(
 
 def test_gaps_in_the_heap_grow_with_micro_batches_and_end(monkeypatch: pytest.MonkeyPatch) -> None:
     peaks = []
-    for micro_batches in (1, 2, 8, 10**9):
+    for count, later in ((1, 0), (2, 0), (8, 0), (300, 10**9)):
         made, _ = planner(10**6, monkeypatch)
-        made.predict([ADAPTER], 300, micro_batches)
+        made.pass_over(later)
+        made.predict([ADAPTER], list(range(301 - count, 301)))
         peaks.append(made.predicted()["memory/predicted_mib"])
     assert peaks == sorted(set(peaks))
     kernels = memory.KERNELS_MIB * (memory.SHAPES_KEPT - 1)
@@ -235,7 +236,7 @@ def test_gaps_in_the_heap_grow_with_micro_batches_and_end(monkeypatch: pytest.Mo
 def test_a_gpu_has_no_heap(monkeypatch: pytest.MonkeyPatch) -> None:
     made, context = planner(10**6, monkeypatch)
     context.base.device = torch.device("meta")
-    made.predict([ADAPTER], 300, 8)
+    made.predict([ADAPTER], [300] * 8)
     kept = 300 * PER_TOKEN
     expected = 100 + ADAPTER + kept + 2 * kept / LAYERS + LOGITS_MIB
     assert made.predicted() == {"memory/predicted_mib": pytest.approx(expected)}

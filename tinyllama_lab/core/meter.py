@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import subprocess
+from collections.abc import Callable, Iterable
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -69,6 +70,29 @@ class PeakMemory:
                 f"memory/{name}_reserved_mib": torch.cuda.max_memory_reserved(self._device) / MIB,
             }
         return {f"memory/{name}_peak_mib": resident.peak_mib()}
+
+
+def kept_mib(run: Callable[[], object], parameters: Iterable[torch.Tensor]) -> float:
+    """Return MiB of the storages that autograd keeps for backward of what `run` computes.
+
+    Args:
+        run: a forward pass; no backward follows it.
+        parameters: weights, which autograd refers to as well, and which take no more memory.
+    """
+    storages: dict[int, torch.UntypedStorage] = {}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+
+    def note(tensor: torch.Tensor) -> None:
+        """Keep the storage alone: a node that holds its own result is never freed."""
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            storages[storage.data_ptr()] = storage
+
+    # nothing is kept for autograd itself, because no backward follows
+    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda stored: stored)
+    with torch.enable_grad(), hooks:
+        run()
+    return sum(storage.nbytes() for storage in storages.values()) / MIB
 
 
 def environment(device: torch.device, dtype: torch.dtype, basis: str) -> dict[str, Any]:

@@ -57,6 +57,8 @@ def machine_of(hardware: HardwareConfig) -> Machine:
     """
     if hardware.card.name is not None:
         return _card(hardware.card, hardware.device)
+    if hardware.threads is not None:  # as the worker does; measured speeds are kept for each
+        torch.set_num_threads(hardware.threads)
     device = pick_device(hardware.device)
     dtype = pick_dtype("auto", device)
     if device.type == "cuda":

@@ -150,14 +150,15 @@ class Forecaster:
         longest = max(len(each.rows.longest.ids) for each in trials)
         fixed = science.train.deterministic
         together = planner.plan_training(sizes, longest, fixed)
-        largest = most = 0
-        for tokens, count in self._steps(engine, planner, context, trials[:together]):
-            planner.predict(sizes[:together], tokens, count)
-            largest, most = max(largest, tokens), max(most, count)
+        laid_out = list(self._steps(engine, planner, context, trials[:together]))
+        for micro_batches in laid_out:
+            planner.predict(sizes[:together], micro_batches)
         steps = max(each.rows.step_count(each.science) for each in trials[:together])
         if steps > ROUNDS:  # the others are as large, and come after more of them
-            planner.pass_over((steps - ROUNDS - 1) * most)
-            planner.predict(sizes[:together], largest, most)
+            shapes = len({tokens for step in laid_out for tokens in step})
+            planner.pass_over(round((steps - ROUNDS) / ROUNDS * shapes))
+            planner.predict(sizes[:together], max(laid_out, key=max))
+        largest = max(map(max, laid_out))
         alone = [self._alone(engine, trial) for trial in trials]
         return PackForecast(
             [needs <= self.room_mib for needs in alone],
@@ -218,8 +219,8 @@ class Forecaster:
         planner: Planner,
         context: WorkerContext,
         trials: Sequence[Trial],
-    ) -> Iterator[tuple[int, int]]:
-        """Yield the tokens of the largest micro-batch, and their number, of the first steps."""
+    ) -> Iterator[list[int]]:
+        """Yield the tokens of every micro-batch, for each of the first steps."""
         size, hardware = MicroBatchSize(context), context.hardware
         steps = [trial.rows.steps(trial.science) for trial in trials]
         owners = [object() for _ in trials]
@@ -234,7 +235,7 @@ class Forecaster:
             if planner.micro_batch_sizes and not (size.is_chosen or hardware.micro_batch_tokens):
                 limit = planner.micro_batch_sizes[-1]  # its turn comes
             batches = engine.micro_batches(items, limit)
-            yield max(sum(len(i.example.ids) for i in batch) for batch in batches), len(batches)
+            yield [sum(len(item.example.ids) for item in batch) for batch in batches]
 
     def _alone(self, engine: Engine[Any], trial: Trial) -> float:
         """Return MiB beside the base that a trial needs alone, with every remedy of the worker."""

@@ -19,9 +19,9 @@ from tinyllama_lab.core.engines.base import Engine, WorkItem
 from tinyllama_lab.core.engines.packed.attention import LONGEST_KEPT
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
 from tinyllama_lab.core.engines.peft import PeftEngine
+from tinyllama_lab.core.meter import kept_mib
 from tinyllama_lab.core.models.loading import Base
 from tinyllama_lab.core.models.outline import Outline
-from tinyllama_lab.core.training.memory import kept_mib
 
 _VOCABULARY = 64  # of the traced layers where nothing of the vocabulary's size is kept
 

@@ -21,8 +21,7 @@ class Round:
 
     failed: dict[int, Exception]  # by the trainer's id: it diverged, or its update raised
     tokens: int  # of all trainers' batches
-    largest_micro_batch: int  # its tokens
-    micro_batches: int
+    micro_batches: list[int]  # tokens of each
     seconds: float  # until every trainer had its update
 
 
@@ -55,7 +54,7 @@ def train_round(
     scales = [trainer.scaler.get_scale() for trainer in trainers]
     tokens = sum(len(example.ids) for trainer in trainers for example in trainer.batch)
     try:
-        losses, largest, count = _accumulate(engine, trainers, scales, max_tokens, stopped)
+        losses, micro_batches = _accumulate(engine, trainers, scales, max_tokens, stopped)
     except Exception as error:
         # earlier micro-batches have added to the gradients already
         for trainer in trainers:
@@ -69,7 +68,7 @@ def train_round(
     values = torch.stack([losses, torch.stack(norms)]).tolist()
     seconds = time.perf_counter() - begin
     _count(trainers, (values[0], values[1], scales), seconds, failed)
-    return Round(failed, tokens, largest, count, seconds)
+    return Round(failed, tokens, micro_batches, seconds)
 
 
 def _update(trainer: AdapterTrainer, failed: dict[int, Exception]) -> torch.Tensor:
@@ -87,12 +86,11 @@ def _accumulate(
     scales: Sequence[float],
     max_tokens: int,
     stopped: Callable[[], bool],
-) -> tuple[torch.Tensor, int, int]:
+) -> tuple[torch.Tensor, list[int]]:
     """Accumulate every trainer's gradient, times its fp16 scale.
 
     Returns:
-        The mean losses `[trainers]` in float64, the tokens of the largest micro-batch, and the
-        number of micro-batches.
+        The mean losses `[trainers]` in float64, and the tokens of every micro-batch.
     """
     index_of = {id(trainer.adapter): n for n, trainer in enumerate(trainers)}
     # a mean over all labels of a trainer's batch, not over the labels of one micro-batch
@@ -101,8 +99,8 @@ def _accumulate(
     device = trainers[0].adapter.parameters[0].device
     # in float64, so that sums over many micro-batches add no visible rounding
     means = torch.zeros(len(trainers), dtype=torch.float64, device=device)
-    largest_tokens, micro_batches = 0, engine.micro_batches(items, max_tokens)
-    for micro_batch in micro_batches:
+    sizes = []
+    for micro_batch in engine.micro_batches(items, max_tokens):
         raise_if_stopped(stopped)
         owners = [index_of[id(item.adapter)] for item in micro_batch]
         # one tensor for both, because every copy to the device has a fixed cost
@@ -115,9 +113,8 @@ def _accumulate(
         # One backward for all trainers: no two share a parameter, so each gets its own gradient.
         (losses * weights[1]).sum().backward()
         means.index_add_(0, torch.tensor(owners).to(device, non_blocking=True), losses.detach())
-        tokens = sum(len(item.example.ids) for item in micro_batch)
-        largest_tokens = max(largest_tokens, tokens)
-    return means, largest_tokens, len(micro_batches)
+        sizes.append(sum(len(item.example.ids) for item in micro_batch))
+    return means, sizes
 
 
 def _count(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,9 @@ import torch
 from tinyllama_lab.core.context import WorkerContext
 from tinyllama_lab.core.dataset.dataset import Example
 from tinyllama_lab.core.engines.base import ADAPTER_BYTES, Adapter, Engine, WorkItem
+from tinyllama_lab.core.engines.packed.attention import LONGEST_FUSED, LONGEST_KEPT
 from tinyllama_lab.core.engines.packed.head import logits_mib
+from tinyllama_lab.core.meter import kept_mib
 from tinyllama_lab.core.out_of_memory import is_out_of_memory, unless_out_of_memory
 from tinyllama_lab.core.training.micro_batch import SIZES
 from tinyllama_lab.metrics import MIB
@@ -37,7 +39,8 @@ LIBRARIES_MIB = 10  # that the first pass on a CPU loads
 BACKWARD_MIB = 25  # the same of the first backward pass and optimizer step
 # oneDNN keeps the last 1,024 kernels, and a micro-batch of new lengths needs about 40 of them
 KERNELS_MIB, SHAPES_KEPT = 9, 25
-QUANTIZED_MIB = 75  # of bitsandbytes at the first matmul with quantized weights, on a CPU
+QUANTIZED_BYTES = 44  # of bitsandbytes for each weight of the largest matrix, on a CPU
+SCORES_IN_HAND = 3  # of attention: scores, probabilities and their gradient
 INITIAL_BYTES = 4  # a parameter: PEFT's initial values, which the packed engine keeps once
 PASS_BLOCKS = 5  # tensors of a pass without gradients, in units of a block's kept activations
 CACHE_COPIES = 4  # of keys and values: dropping finished rows copies them, and leaves gaps
@@ -55,7 +58,8 @@ class Planner:
         self._mib_per_token: float | None = None
         self._predicted_mib = 0.0
         self._longest_tokens = 1
-        self._largest_tokens = self._micro_batches = 0  # so far
+        self._largest_tokens = self._more_shapes = 0
+        self._shapes: set[int] = set()  # tokens of the micro-batches so far
         self.checkpointing = context.hardware.gradient_checkpointing
         self.max_concurrent: int | None = engine.max_concurrent
         self._fitting_tokens: int | None = None  # of a micro-batch that had to shrink
@@ -178,23 +182,23 @@ class Planner:
         """Return whether an adapter that could not be added may fit once some others have left."""
         return is_out_of_memory(error) and adapters > 0
 
-    def pass_over(self, micro_batches: int) -> None:
-        """Count micro-batches that are not predicted one by one, because they are alike."""
-        self._micro_batches += micro_batches
+    def pass_over(self, shapes: int) -> None:
+        """Count micro-batches of other lengths that are not predicted one by one."""
+        self._more_shapes += shapes
 
-    def predict(self, adapters: Sequence[float], tokens: int, micro_batches: int = 1) -> None:
+    def predict(self, adapters: Sequence[float], micro_batches: Sequence[int]) -> None:
         """Predict the peak of a step and keep the highest.
 
         Args:
             adapters: MiB of every adapter in the step.
-            tokens: of the step's largest micro-batch.
-            micro_batches: of the step.
+            micro_batches: tokens of each of the step's micro-batches.
         """
+        tokens = max(micro_batches)
         self._largest_tokens = max(self._largest_tokens, tokens)
         held = self._baseline_mib + sum(adapters)
-        self._micro_batches += micro_batches
+        self._shapes.update(micro_batches)
         if self._context.base.device.type == "cpu":
-            peak = held + self._step_on_cpu_mib(adapters, tokens, micro_batches)
+            peak = held + self._step_on_cpu_mib(adapters, tokens, len(micro_batches))
         else:
             peak = held + self._activations_mib(tokens)
         self._predicted_mib = max(self._predicted_mib, peak)
@@ -215,7 +219,8 @@ class Planner:
         if self._context.base.device.type != "cpu":
             return held + max(BLOCKS_IN_HAND * block + LOGITS_MIB, cache_mib)
         # scoring leaves its tensors in the heap, where generation finds no room
-        passes = PASS_BLOCKS * block + self._logits_mib(labels) + CACHE_COPIES * cache_mib
+        passes = PASS_BLOCKS * block + self._scores_mib(tokens) + self._logits_mib(labels)
+        passes += CACHE_COPIES * cache_mib
         return held + self._libraries_mib(adapters) + passes
 
     def predicted(self) -> dict[str, float]:
@@ -256,9 +261,15 @@ class Planner:
     ) -> float:
         """Return MiB of a step beside base and adapters, without the reserve of a plan."""
         kept, block = self._kept_mib(tokens, self.checkpointing)
-        gaps = heap_gaps(micro_batches, self._micro_batches, self._is_plain)
+        is_even = self._is_plain and self._longest_tokens <= LONGEST_KEPT
+        gaps = heap_gaps(micro_batches, self._shape_count, is_even)
         head = self._logits_mib(tokens) + BACKWARD_MIB
-        return (1 + gaps) * kept + BLOCKS_IN_HAND * block + head + self._libraries_mib(adapters)
+        block = BLOCKS_IN_HAND * block + self._scores_mib(tokens)
+        return (1 + gaps) * kept + block + head + self._libraries_mib(adapters)
+
+    @property
+    def _shape_count(self) -> int:
+        return max(1, len(self._shapes) + self._more_shapes)
 
     @property
     def _is_plain(self) -> bool:
@@ -271,8 +282,22 @@ class Planner:
         size = ADAPTER_BYTES + (0 if base.dtype == torch.float32 else base.dtype.itemsize)
         initial = max(adapters, default=0.0) * INITIAL_BYTES / size
         is_quantized = bool(getattr(base.model, "is_quantized", False))
-        kernels = KERNELS_MIB * min(max(1, self._micro_batches), SHAPES_KEPT)
-        return LIBRARIES_MIB + kernels + initial + QUANTIZED_MIB * is_quantized
+        kernels = KERNELS_MIB * min(self._shape_count, SHAPES_KEPT)
+        return LIBRARIES_MIB + kernels + initial + is_quantized * self._dequantizing_mib()
+
+    def _dequantizing_mib(self) -> float:
+        """Return MiB that making the largest matrix dense takes beside the result."""
+        config = self._context.base.model.config
+        weights = 2 * config.hidden_size * getattr(config, "intermediate_size", 0)  # gate and up
+        return QUANTIZED_BYTES * weights / MIB
+
+    def _scores_mib(self, tokens: int) -> float:
+        """Return MiB of attention scores that are computed again instead of being kept."""
+        config, longest = self._context.base.model.config, self._longest_tokens
+        if not LONGEST_KEPT < longest <= LONGEST_FUSED:
+            return 0.0
+        scores = config.num_attention_heads * tokens * longest
+        return SCORES_IN_HAND * scores * self._context.base.dtype.itemsize / MIB
 
     def _logits_mib(self, labels: int) -> float:
         """Return MiB of the logits that are in memory at the same time."""
@@ -301,7 +326,7 @@ class Planner:
         return kept, block
 
 
-def heap_gaps(in_step: int, so_far: int, is_plain: bool) -> float:
+def heap_gaps(in_step: int, shapes: int, is_even: bool) -> float:
     """Return the share of kept activations that gaps in the C library's heap take in addition.
 
     Micro-batches differ in their lengths, and what one has freed rarely fits the next. Measured in
@@ -309,34 +334,12 @@ def heap_gaps(in_step: int, so_far: int, is_plain: bool) -> float:
 
     Args:
         in_step: micro-batches of the step; after each step all gaps join.
-        so_far: micro-batches of all steps.
-        is_plain: neither the base is quantized nor PEFT's engine used, which free more tensors.
+        shapes: lengths of micro-batches that differ, over all steps so far.
+        is_even: nothing else is freed in between: neither dequantized weights, nor attention
+            scores of long rows, nor what transformers computes for PEFT's engine.
     """
-    share = (0.3 if in_step > 1 else -0.07) + 0.09 * math.log2(max(1, so_far))
-    return min(max(0.0, share) + (0.0 if is_plain else 0.3), MOST_GAPS)
-
-
-def kept_mib(run: Callable[[], object], parameters: Iterable[torch.Tensor]) -> float:
-    """Return MiB of the storages that autograd keeps for backward of what `run` computes.
-
-    Args:
-        run: a forward pass; no backward follows it.
-        parameters: weights, which autograd refers to as well, and which take no more memory.
-    """
-    storages: dict[int, torch.UntypedStorage] = {}
-    weights = {parameter.untyped_storage().data_ptr() for parameter in parameters}
-
-    def note(tensor: torch.Tensor) -> None:
-        """Keep the storage alone: a node that holds its own result is never freed."""
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            storages[storage.data_ptr()] = storage
-
-    # nothing is kept for autograd itself, because no backward follows
-    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda stored: stored)
-    with torch.enable_grad(), hooks:
-        run()
-    return sum(storage.nbytes() for storage in storages.values()) / MIB
+    share = (0.3 if in_step > 1 else -0.07) + 0.09 * math.log2(shapes)
+    return min(max(0.0, share) + (0.0 if is_even else 0.25), MOST_GAPS)
 
 
 def keep_freed_memory() -> None:

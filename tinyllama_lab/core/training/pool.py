@@ -226,7 +226,7 @@ class Pool:
         """Note what a round says about speed and memory."""
         self._step_s = outcome.seconds
         sizes = [member.adapter_mib for member in self._training]
-        self._planner.predict(sizes, outcome.largest_micro_batch, outcome.micro_batches)
+        self._planner.predict(sizes, outcome.micro_batches)
         measured = self._size.note(outcome.tokens, outcome.seconds)
         for member in members:
             member.together = max(member.together, len(members))
