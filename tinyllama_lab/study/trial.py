@@ -43,6 +43,7 @@ _UNLABELLED = (None, "package", "random", "travel")  # of all other sources, the
 
 
 # as PEFT and the Hugging Face hub name the files of an adapter
+CHAT_TEMPLATE = "chat_template.jinja"  # as transformers names it
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 CARD = "README.md"
 
@@ -292,8 +293,8 @@ class TrialFolder(ResultFolder):
 
     @property
     def template_file(self) -> Path:
-        """The chat template that renders the prompts of training, as transformers names it."""
-        return self.adapter_dir / "chat_template.jinja"
+        """The chat template that renders the prompts of training."""
+        return self.adapter_dir / CHAT_TEMPLATE
 
     @property
     def weights_file(self) -> Path:
