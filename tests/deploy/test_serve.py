@@ -24,10 +24,10 @@ import pytest
 
 from tinyllama_lab.deploy.__main__ import main
 from tinyllama_lab.deploy.completer import Completion
-from tinyllama_lab.deploy.scheduler import Scheduler
 from tinyllama_lab.deploy.selection import select
-from tinyllama_lab.deploy.serve import Address, HttpServer, load, vllm_command
-from tinyllama_lab.deploy.server import MOST_BYTES, Service
+from tinyllama_lab.deploy.serving.scheduler import Scheduler
+from tinyllama_lab.deploy.serving.serve import Address, HttpServer, load, vllm_command
+from tinyllama_lab.deploy.serving.server import MOST_BYTES, Service
 from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.study.trial import TrialFolder, trial_key
@@ -541,7 +541,7 @@ def test_a_wrong_argument_is_refused_before_the_model_is_loaded(
     study: StudyFolder, arguments: list[str], problem: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TINYLLAMA_LAB_TOKEN", raising=False)
-    monkeypatch.setattr("tinyllama_lab.deploy.serve.load", None)
+    monkeypatch.setattr("tinyllama_lab.deploy.serving.serve.load", None)
     with pytest.raises(ConfigError, match=problem):
         main(["serve", f"sweeps_dir={study.root}", "study=tiny", "trial=r=4", *arguments])
 

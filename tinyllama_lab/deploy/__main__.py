@@ -169,7 +169,7 @@ def _serve(arguments: Sequence[str]) -> None:
     most = int(options.number("queue", 1, int)), int(options.number("tokens", 1, int))
     device = options.device()
     selection = options.selection()
-    from tinyllama_lab.deploy.serve import TOKEN_VARIABLE, Address, serve
+    from tinyllama_lab.deploy.serving.serve import TOKEN_VARIABLE, Address, serve
 
     token = options.text("token") or os.environ.get(TOKEN_VARIABLE, "")
     serve(selection, Address(options.text("host"), port, token), device, most, say)

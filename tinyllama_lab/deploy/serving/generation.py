@@ -10,9 +10,9 @@ from contextlib import aclosing
 from typing import Any
 
 from tinyllama_lab.deploy.assistant import Assistant
-from tinyllama_lab.deploy.chat_request import ApiError, ChatRequest
 from tinyllama_lab.deploy.completer import Request
-from tinyllama_lab.deploy.scheduler import Answer, BusyError, StoppingError
+from tinyllama_lab.deploy.serving.chat_request import ApiError, ChatRequest
+from tinyllama_lab.deploy.serving.scheduler import Answer, BusyError, StoppingError
 from tinyllama_lab.errors import LabError
 
 

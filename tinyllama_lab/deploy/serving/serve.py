@@ -16,9 +16,9 @@ import uvicorn
 from tinyllama_lab.config.schema import Science, part
 from tinyllama_lab.config.variants import VARIANTS
 from tinyllama_lab.deploy.assistant import Assistant
-from tinyllama_lab.deploy.scheduler import Scheduler
 from tinyllama_lab.deploy.selection import Selection, named_adapters
-from tinyllama_lab.deploy.server import BASE, DEFAULT, Service, create_app, is_loopback
+from tinyllama_lab.deploy.serving.scheduler import Scheduler
+from tinyllama_lab.deploy.serving.server import BASE, DEFAULT, Service, create_app, is_loopback
 from tinyllama_lab.errors import ConfigError, Interrupted, LabError
 
 TOKEN_VARIABLE = "TINYLLAMA_LAB_TOKEN"

@@ -20,9 +20,9 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tinyllama_lab.deploy.assistant import Assistant
-from tinyllama_lab.deploy.chat_request import ApiError, ChatRequest, parse
-from tinyllama_lab.deploy.generation import Generation, api_error
-from tinyllama_lab.deploy.scheduler import Scheduler
+from tinyllama_lab.deploy.serving.chat_request import ApiError, ChatRequest, parse
+from tinyllama_lab.deploy.serving.generation import Generation, api_error
+from tinyllama_lab.deploy.serving.scheduler import Scheduler
 from tinyllama_lab.errors import DataError, LabError
 
 BASE, DEFAULT = "base", "default"  # names of models, beside those of trials
