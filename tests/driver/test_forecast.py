@@ -20,8 +20,9 @@ from tinyllama_lab.errors import ConfigError, ModelError
 from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.sweep.ask.cost import KnownCosts
 from tinyllama_lab.sweep.check import check_command, grid_cells
+from tinyllama_lab.sweep.execution.slots import find_slots
 from tinyllama_lab.sweep.forecast.command import show_plan
-from tinyllama_lab.sweep.forecast.forecast import Forecast, TrialForecast, leave_out
+from tinyllama_lab.sweep.forecast.forecast import Forecast, TrialForecast, _threads, leave_out
 from tinyllama_lab.sweep.forecast.minutes import speed_of
 from tinyllama_lab.sweep.forecast.table import print_forecast
 from tinyllama_lab.sweep.plan import Plan, check_cells, make_plan
@@ -263,6 +264,14 @@ def test_the_time_is_that_of_the_worker_with_the_most_to_do(
     assert replace(found, members=[keys[:1], keys[1:]]).seconds == 310
     assert replace(found, members=[keys[:1], keys[1:3], keys[3:]]).seconds == 220
     assert replace(found, members=[keys]).seconds == 410
+
+
+def test_speed_is_measured_with_the_threads_of_a_worker(small: Sequence[str]) -> None:
+    words = ["model=tiny_random", *small, "hardware.device=cpu", "hardware.workers=2"]
+    (config,) = check_cells(grid_cells(words))
+    assert _threads(config.hardware, find_slots(config.hardware, cores=6)) == 3
+    alone = replace(config.hardware, workers=1, threads=5)
+    assert _threads(alone, find_slots(alone, cores=6)) == 5
 
 
 def test_what_the_time_leaves_out_is_named(small: Sequence[str], tmp_path: Path) -> None:

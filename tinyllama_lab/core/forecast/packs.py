@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -124,7 +125,11 @@ class Forecaster:
         self.weights_mib = outline.weights_mib + (outline.dense_mib() if keeps else 0.0)
         self.baseline_mib = machine.process_mib + self.weights_mib
         self.room_mib = machine.free_mib - self.baseline_mib
+        # what trials share, because each takes a walk through the base
         self._kept: dict[str, float] = {}
+        self._engines: dict[tuple[bool, bool], Engine[Any]] = {}
+        self._sizes: dict[str, tuple[int, float]] = {}
+        self._adapters_mib: dict[str, float] = {}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -136,7 +141,7 @@ class Forecaster:
         """Values of the base."""
         return self._base.parameters
 
-    @property
+    @cached_property
     def block_parameters(self) -> int:
         """Values that every token is multiplied with: those of the blocks, without the head."""
         model = self._base.model
@@ -150,6 +155,12 @@ class Forecaster:
 
     def size(self, lora: LoraConfig) -> tuple[int, float]:
         """Return the trained values of an adapter, and MiB of its file."""
+        key = repr(lora)
+        if key not in self._sizes:
+            self._sizes[key] = self._size(lora)
+        return self._sizes[key]
+
+    def _size(self, lora: LoraConfig) -> tuple[int, float]:
         count = adapters.count_parameters(self._base.model, lora)
         shapes = adapters.target_shapes(self._base.model, lora)
         header = {
@@ -167,7 +178,7 @@ class Forecaster:
         """Return what a pack will need."""
         science, engine = trials[0].science, self._engine(trials[0].science)
         planner, context = self._planner(engine, trials)
-        sizes = [engine.adapter_mib(each.science.lora) for each in trials]
+        sizes = [self._adapter_mib(engine, each.science.lora) for each in trials]
         longest = max(len(each.rows.longest.ids) for each in trials)
         fixed = science.train.deterministic
         together = planner.plan_training(sizes, longest, fixed)
@@ -176,7 +187,7 @@ class Forecaster:
         # a worker plans with the first trial, but tokens of larger adapters keep more
         planner.assume(max(map(self._kept_per_token, trials)))
         # trials leave and others join, so the largest meet
-        trials = sorted(trials, key=lambda t: -engine.adapter_mib(t.science.lora))
+        trials = sorted(trials, key=lambda t: -self._adapter_mib(engine, t.science.lora))
         sizes = sorted(sizes, reverse=True)[:together]
         laid_out = list(self._steps(engine, planner, context, trials[:together]))
         if together < len(trials):
@@ -209,14 +220,28 @@ class Forecaster:
         """Return what a trial needs alone, with every remedy of the worker."""
         engine = self._engine(trial.science)
         planner, context = self._planner(engine, [trial])
-        adapter_mib = engine.adapter_mib(trial.science.lora)
+        adapter_mib = self._adapter_mib(engine, trial.science.lora)
         longest = len(trial.rows.longest.ids)
         planner.plan_training([adapter_mib], longest, trial.science.train.deterministic)
         training = planner.predicted_alone(adapter_mib)["memory/alone_mib"]
         scoring = self._scoring(engine, planner, context, [trial], self._machine.is_gpu)
         return Need(*(max(0.0, mib - self.baseline_mib) for mib in (training, scoring)))
 
+    def _adapter_mib(self, engine: Engine[Any], lora: LoraConfig) -> float:
+        """Return MiB of an adapter in training; its settings decide the engine."""
+        key = repr(lora)
+        if key not in self._adapters_mib:
+            self._adapters_mib[key] = engine.adapter_mib(lora)
+        return self._adapters_mib[key]
+
     def _engine(self, science: Science) -> Engine[Any]:
+        """Return the engine of a trial. A forecast changes no state that another would read."""
+        key = self.is_packed(science.lora), science.train.deterministic
+        if key not in self._engines:
+            self._engines[key] = self._new_engine(science)
+        return self._engines[key]
+
+    def _new_engine(self, science: Science) -> Engine[Any]:
         if not self.is_packed(science.lora):
             return PeftEngine(self._base)
         cache = max(0, int(_CACHE_SHARE * self.room_mib)) if self._machine.is_gpu else None
@@ -297,7 +322,7 @@ class Forecaster:
         """
         together = trials[: engine.max_concurrent or len(trials)]
         share = 1 - 8 / ADAPTER_BYTES if self._base.dtype == torch.float32 else 1 - 8 / 18
-        sizes = [share * engine.adapter_mib(trial.science.lora) for trial in together]
+        sizes = [share * self._adapter_mib(engine, trial.science.lora) for trial in together]
         examples = [example for trial in together for example in trial.rows.heldout]
         examples += together[0].rows.heldout  # of the base
         if least:
