@@ -20,8 +20,9 @@ from tinyllama_lab.errors import ConfigError, ModelError
 from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.sweep.ask.cost import KnownCosts
 from tinyllama_lab.sweep.check import check_command, grid_cells
+from tinyllama_lab.sweep.execution.slots import find_slots
 from tinyllama_lab.sweep.forecast.command import show_plan
-from tinyllama_lab.sweep.forecast.forecast import Forecast, TrialForecast, leave_out
+from tinyllama_lab.sweep.forecast.forecast import Forecast, TrialForecast, _threads, leave_out
 from tinyllama_lab.sweep.forecast.minutes import speed_of
 from tinyllama_lab.sweep.forecast.table import print_forecast
 from tinyllama_lab.sweep.plan import Plan, check_cells, make_plan
@@ -135,6 +136,9 @@ def by_hand(plan: Plan, unfit: Sequence[int] = ()) -> Forecast:
         "trainable_params": 4096,
         "adapter_mib": 1.5,
         "gradient_checkpointing": False,
+        "is_guessed": False,
+        "phase": "training",
+        "dtype": "float32",
     }
     too_large = {**facts, "fits": False, "instead": ["lora.r=4"]}
     trials = [
@@ -152,7 +156,8 @@ def by_hand(plan: Plan, unfit: Sequence[int] = ()) -> Forecast:
         "start_s": 10.0,
         "download_mib": {"owner/name": 2200.0},
     }
-    return Forecast(plan.config, trials, reply, workers=1)
+    members = [[planned.trial.key for planned in plan.todo]]
+    return Forecast(plan.config, trials, reply, 1, members, compares=True)
 
 
 def printed_by(plan: Plan, forecast: Forecast) -> str:
@@ -207,14 +212,84 @@ def test_seconds_come_from_earlier_trials_where_there_are_any(
 ) -> None:
     (planned,) = plan_of(small, tmp_path, "eval.generations=2", "eval.max_new_tokens=40").todo
     facts = {"tokens": 1000, "tflop": 2.0, "heldout_tokens": 200}
+    facts |= {"dtype": "float32", "gflops": 100.0}
     known = KnownCosts(tokens_per_s=50.0, scoring_s=0.5)
-    reply = {"machine": {"is_gpu": False, "dtype": "float32"}, "gflops": 100.0}
-    speed = speed_of(known, NO_CARD, reply)
+    here = {"is_gpu": False, "dtype": "bfloat16"}
+    speed = speed_of(known, NO_CARD, here, facts)
     assert speed is not None
     # four rows, and two completions of 40 tokens at an eighth of a row each
     assert speed.seconds(planned, facts) == pytest.approx(1000 / 50 + 0.5 * (4 + 2 * 40 / 8))
-    unknown = speed_of(KnownCosts(), NO_CARD, reply)
+    unknown = speed_of(KnownCosts(), NO_CARD, here, facts)
     assert unknown is not None and "100 GFLOP/s" in unknown.source
     # half of the measured rate trains; a row of 50 tokens is scored in a third of the time
     assert unknown.seconds(planned, facts) == pytest.approx(40 + 14 * 50 / 3 * 40 / 1000)
-    assert speed_of(KnownCosts(), NO_CARD, {**reply, "gflops": None}) is None
+    assert speed_of(KnownCosts(), NO_CARD, here, {**facts, "gflops": None}) is None
+    assert speed_of(KnownCosts(), NO_CARD, here, {**facts, "dtype": "float16"}) is None
+
+
+@pytest.mark.parametrize(
+    ("card", "dtype", "tflops"),
+    # data sheets: dense tensor cores in bf16 and fp16, other cores in fp32
+    [
+        ("a100", "bfloat16", 312),
+        ("a100", "float16", 312),
+        ("a100", "float32", 19.5),
+        ("t4", "float16", 65),
+        ("t4", "float32", 8.1),
+        ("t4", "bfloat16", None),
+        ("pi5", "float32", 0.15),
+        ("pi5", "bfloat16", None),
+    ],
+)
+def test_the_speed_of_a_card_is_that_of_the_precision(
+    small: Sequence[str], card: str, dtype: str, tflops: float | None
+) -> None:
+    (config,) = check_cells(grid_cells(["model=tiny_random", *small, f"hardware={card}"]))
+    is_gpu = config.hardware.device == "cuda"
+    auto = {"a100": "bfloat16", "t4": "float16", "pi5": "float32"}[card]
+    machine, facts = {"is_gpu": is_gpu, "dtype": auto}, {"dtype": dtype, "gflops": None}
+    speed = speed_of(KnownCosts(), config.hardware.card, machine, facts)
+    share = 0.33 if is_gpu else 0.4
+    found = speed and speed.flops / 1e12
+    assert found == (None if tflops is None else pytest.approx(share * tflops))
+
+
+def test_the_time_is_that_of_the_worker_with_the_most_to_do(
+    small: Sequence[str], tmp_path: Path
+) -> None:
+    plan = plan_of(small, tmp_path, "lora.r=4,8,16,32")
+    keys = [planned.trial.key for planned in plan.todo]
+    found = replace(by_hand(plan), workers=2)
+    # each trial takes 100 s, and each start of a worker 10 s
+    assert replace(found, members=[keys[:1], keys[1:]]).seconds == 310
+    assert replace(found, members=[keys[:1], keys[1:3], keys[3:]]).seconds == 220
+    assert replace(found, members=[keys]).seconds == 410
+
+
+def test_speed_is_measured_with_the_threads_of_a_worker(small: Sequence[str]) -> None:
+    words = ["model=tiny_random", *small, "hardware.device=cpu", "hardware.workers=2"]
+    (config,) = check_cells(grid_cells(words))
+    assert _threads(config.hardware, find_slots(config.hardware, cores=6)) == 3
+    alone = replace(config.hardware, workers=1, threads=5)
+    assert _threads(alone, find_slots(alone, cores=6)) == 5
+
+
+def test_what_the_time_leaves_out_is_named(small: Sequence[str], tmp_path: Path) -> None:
+    plan = plan_of(small, tmp_path, "lora.r=4,8", "confirm=auto")
+    found = by_hand(plan)
+    told = "without confirmation (confirm=off leaves it out)"
+    assert told in lines_of(printed_by(plan, found))["time"]
+    assert told not in lines_of(printed_by(plan, replace(found, compares=False)))["time"]
+    deployed = replace(found, config=replace(plan.config, confirm="off", deploy=True))
+    assert "without deployment" in lines_of(printed_by(plan, deployed))["time"]
+
+
+def test_no_time_is_told_for_rows_that_nobody_has_counted(
+    small: Sequence[str], tmp_path: Path
+) -> None:
+    plan = plan_of(small, tmp_path)
+    found = by_hand(plan)
+    (trial,) = found.trials
+    trial = replace(trial, facts={**trial.facts, "is_guessed": True}, seconds=None)
+    time = lines_of(printed_by(plan, replace(found, trials=[trial])))["time"]
+    assert time == "not known: the number of rows is not"

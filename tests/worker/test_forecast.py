@@ -19,9 +19,9 @@ from tinyllama_lab.core.context import WorkerContext
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
 from tinyllama_lab.core.engines.peft import PeftEngine
 from tinyllama_lab.core.forecast.answer import answer
-from tinyllama_lab.core.forecast.machine import Machine
+from tinyllama_lab.core.forecast.machine import Machine, machine_of
 from tinyllama_lab.core.forecast.packs import Forecaster, Trial
-from tinyllama_lab.core.forecast.rows import Rows
+from tinyllama_lab.core.forecast.rows import Rows, _estimated
 from tinyllama_lab.core.forecast.trace import kept_mib_per_token
 from tinyllama_lab.core.meter import PeakMemory
 from tinyllama_lab.core.models import tiny
@@ -154,6 +154,100 @@ def test_the_worker_takes_its_remedies_before_a_trial_does_not_fit(
     assert forecaster(hardware, last.needs_mib + 0.1).forecast([trial]).fits == [True]
 
 
+UNSCORED = {"eval__generations": 0, "eval__latency_tokens": 0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows"),
+    [
+        ({"eval__latency_batch": 8, "eval__latency_tokens": 90_000}, 8),
+        # a prompt, which the base completes as well
+        ({"eval__generations": 1, "eval__max_new_tokens": 290_000}, 2),
+    ],
+)
+def test_a_trial_fits_only_if_its_scoring_does(
+    settings: dict[str, int], rows: int, configure: Any, hardware: Hardware
+) -> None:
+    *_, name = settings
+    fewer = UNSCORED | settings | {name: settings[name] - 50_000}
+    few, many = (
+        Trial(science(configure, **given), ROWS) for given in (fewer, UNSCORED | settings)
+    )
+    roomy = forecaster(hardware, 10_000)
+    # four copies of 50,000 more keys and values of every layer, in float32
+    config = llama().config
+    heads, width = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+    more = 4 * 50_000 * 2 * config.num_hidden_layers * heads * width * 4 / MIB
+    difference = roomy.need(many).scoring - roomy.need(few).scoring
+    assert difference == pytest.approx(rows * more)
+    need = roomy.need(many)
+    assert need.scoring > need.training and need.phase == "scoring"
+    assert forecaster(hardware, need.scoring + 0.1).forecast([many]).fits == [True]
+    found = forecaster(hardware, need.scoring - 0.1).forecast([many])
+    assert (found.fits, found.phase) == ([False], "scoring")
+
+
+def test_a_gpu_scores_a_prompt_at_a_time_where_memory_is_short(
+    configure: Any, hardware: Hardware
+) -> None:
+    machine = Machine(True, torch.float32, 0.0, 10_000.0, 0.0, True, 8 * 1024)
+    found = Forecaster(outline(), part(HardwareConfig, hardware), machine, "")
+    needs = [
+        found.need(Trial(science(configure, **UNSCORED | {"eval__generations": n}), ROWS)).scoring
+        for n in (1, 64)
+    ]
+    assert needs[0] == needs[1]
+
+
+def test_a_pack_needs_what_its_largest_trial_needs(configure: Any, hardware: Hardware) -> None:
+    trials = [Trial(science(configure, lora__r=r, **UNSCORED), ROWS) for r in (4, 256, 1024)]
+    largest = PackedEngine(base_of(llama())).adapter_mib(trials[-1].science.lora)
+    free = 300.0
+    while (found := forecaster(hardware, free).forecast(trials)).together > 2:
+        free -= 5
+    tight = forecaster(hardware, free)
+    assert found.together == 2
+    assert found.train_peak_mib >= tight.baseline_mib + largest
+    assert found.train_peak_mib >= tight.forecast(trials[-1:]).train_peak_mib
+
+
+def test_a_gpu_lays_out_the_micro_batches_of_a_worker(configure: Any, hardware: Hardware) -> None:
+    card = {"name": "large", "memory_gib": 79.1, "reserved_gib": 0.7, "bf16": True}
+    card |= {"tflops": 1.0, "tflops_fp32": 1.0, "measured": False}
+    settings = part(HardwareConfig, {**hardware, "device": "cuda", "card": card})
+    found = Forecaster(outline(), settings, machine_of(settings), "")
+    trial = Trial(science(configure), ROWS)
+    # 79.1 GiB are nine times 8 GiB, for each of which a worker takes 2,048 tokens
+    _, context = found._planner(found._engine(trial.science), [trial])
+    assert context.micro_batch_tokens == 9 * 2048
+
+
+def test_a_precision_that_a_machine_lacks_is_refused(configure: Any, hardware: Hardware) -> None:
+    on_cpu = request(configure, hardware, 4.0, **{"train.precision": "fp16"})
+    on_cpu["hardware"]["device"] = "cpu"
+    with pytest.raises(ModelError, match="train.precision=fp16 needs a CUDA GPU"):
+        answer(on_cpu)
+    on_gpu = answer(request(configure, hardware, 4.0, **{"train.precision": "fp32"}))
+    assert on_gpu["trials"]["a"]["dtype"] == "float32"
+    assert on_gpu["machine"]["dtype"] == "float16"  # of train.precision=auto
+
+
+def test_what_is_proposed_for_scoring_changes_no_adapter(
+    configure: Any, hardware: Hardware
+) -> None:
+    long = {"eval.max_new_tokens": 3_000_000, "eval.generations": 1, "eval.latency_tokens": 0}
+    found = answer(request(configure, hardware, 0.4, **long))["trials"]["a"]
+    assert (found["fits"], found["phase"]) == (False, "scoring")
+    assert found["instead"] == ["eval.generations=0"]
+
+
+def test_rows_that_nobody_has_counted_are_guessed(configure: Any) -> None:
+    whole = science(configure, data__n="all")
+    assert _estimated(whole, {}).is_guessed
+    assert not _estimated(whole, {"rows": 50}).is_guessed
+    assert not _estimated(science(configure, data__n=50), {}).is_guessed
+
+
 def test_a_pack_is_split_where_it_does_not_fit(configure: Any, hardware: Hardware) -> None:
     trials = [Trial(science(configure, lora__r=1024, seed=n), ROWS) for n in range(6)]
     whole = forecaster(hardware, 10_000).forecast(trials)
@@ -171,7 +265,7 @@ def test_a_pack_is_split_where_it_does_not_fit(configure: Any, hardware: Hardwar
 
 def request(configure: Any, hardware: Hardware, memory_gib: float, **changes: Any) -> Any:
     card = {"name": "small", "memory_gib": memory_gib, "reserved_gib": 0.0, "bf16": False}
-    card |= {"tflops": 1.0, "measured": False}
+    card |= {"tflops": 1.0, "tflops_fp32": 1.0, "measured": False}
     described = {**hardware, "device": "cuda", "card": card}
     trial = {"key": "a", "science": configure(changes), "estimate": {}}
     return {"hardware": described, "packs": [[trial]]}

@@ -261,6 +261,7 @@ class CardConfig:
     reserved_gib: float | None = rule(least=0)
     bf16: bool | None
     tflops: float | None = rule(above=0)
+    tflops_fp32: float | None = rule(above=0)
     measured: bool | None
 
     def problems(self) -> Iterator[str]:
@@ -275,7 +276,13 @@ class CardConfig:
 
 
 NO_CARD = CardConfig(
-    name=None, memory_gib=None, reserved_gib=None, bf16=None, tflops=None, measured=None
+    name=None,
+    memory_gib=None,
+    reserved_gib=None,
+    bf16=None,
+    tflops=None,
+    tflops_fp32=None,
+    measured=None,
 )
 
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+import torch
+
 from tinyllama_lab.config.schema import HardwareConfig, QuantConfig, Science, part
 from tinyllama_lab.core.forecast.machine import Machine, gemm_gflops, machine_of
 from tinyllama_lab.core.forecast.packs import Forecaster, Trial
@@ -15,6 +17,9 @@ from tinyllama_lab.core.models.outline import Outline, read_config, stored_weigh
 from tinyllama_lab.metrics import MIB
 
 SHORTEST = 64  # tokens; a plan proposes no shorter rows
+# settings that are made smaller for what does not fit, the cheapest first
+_TRAINING = ("quant", "lora.r", "lora.targets", "data.max_length")
+_SCORING = {"eval.latency_tokens": 0, "eval.generations": 0, "eval.max_new_tokens": 16}  # least
 
 
 class _Answerer:
@@ -25,6 +30,7 @@ class _Answerer:
         self._source = RowSource()
         self._configs: dict[str, Any] = {}
         self._forecasters: dict[str, Forecaster] = {}
+        self._rates: dict[tuple[int, int, torch.dtype], float] = {}
         self._machine: Machine | None = None
 
     def rows(self, science: Science, estimate: Mapping[str, float]) -> Rows:
@@ -56,9 +62,20 @@ class _Answerer:
             self._forecasters[key] = Forecaster(outline, self._hardware, self.machine, stored)
         return self._forecasters[key]
 
-    def fits(self, science: Science, rows: Rows) -> bool:
+    def fits(self, trial: Trial) -> bool:
         """Return whether a trial fits alone."""
-        return self.forecaster(science).forecast([Trial(science, rows)]).fits[0]
+        return self.forecaster(trial.science).fits(trial)
+
+    def gflops(self, science: Science) -> float | None:
+        """Return the measured rate of matmuls of a base's widths; None on a GPU and a card."""
+        if self.machine.is_gpu or self._hardware.card.name is not None:
+            return None
+        config, dtype = self.config(science), self.forecaster(science).dtype
+        inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+        key = (config.hidden_size, inner, dtype)
+        if key not in self._rates:
+            self._rates[key] = gemm_gflops(*key)
+        return self._rates[key]
 
 
 def answer(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,14 +105,16 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
             if len(pack) > 1:
                 forecast = forecaster.forecast([trial])
             trials[key] |= {k: v for k, v in asdict(forecast).items() if k != "fits"}
-    first, is_card = packs[0][0][1].science, request["hardware"]["card"]["name"] is not None
     return {
         "packs": replies,
         "trials": trials,
-        "machine": {**asdict(machine), "dtype": str(machine.dtype).removeprefix("torch.")},
-        "gflops": None if machine.is_gpu or is_card else _rate(answerer, first),
+        "machine": {**asdict(machine), "dtype": _name(machine.dtype)},
         "download_mib": _download_mib(answerer, packs),
     }
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _trial(answerer: _Answerer, each: Mapping[str, Any]) -> Trial:
@@ -118,6 +137,9 @@ def _facts(answerer: _Answerer, trial: Trial, fits: bool) -> dict[str, Any]:
         "longest": len(rows.longest.ids),
         "heldout_tokens": sum(len(example.ids) for example in rows.heldout),
         "is_counted": rows.is_counted,
+        "is_guessed": rows.is_guessed and science.train.max_steps is None,
+        "dtype": _name(forecaster.dtype),
+        "gflops": answerer.gflops(science),
         "tflop": 4e-12 * forecaster.block_parameters * rows.tokens(science),
         "instead": None if fits else _instead(answerer, trial),
     }
@@ -128,42 +150,56 @@ def _instead(answerer: _Answerer, trial: Trial) -> list[str] | None:
 
     The cheapest change that is enough alone comes first; if none is, they add up in this order.
     """
-    for change, science, rows in _changes(trial):
-        if answerer.fits(science, rows):
-            return [change]
-    changed, words = trial, dict[str, str]()
-    for name in ("quant", "lora.r", "lora.targets", "data.max_length"):
-        for change, science, rows in _changes(changed, name):
-            changed, words[name] = Trial(science, rows), change
-            if answerer.fits(science, rows):
+    forecaster = answerer.forecaster(trial.science)
+    # where training fits, what changes no adapter comes first
+    trains = forecaster.need(trial).training <= forecaster.room_mib
+    names = (*_SCORING, *_TRAINING) if trains else (*_TRAINING, *_SCORING)
+    for name in names:
+        for change, changed in _changes(trial, name):
+            if answerer.fits(changed):
+                return [change]
+    last, words = trial, dict[str, str]()
+    for name in names:
+        for change, changed in _changes(last, name):
+            last, words[name] = changed, change
+            if answerer.fits(changed):
                 return list(words.values())
     return None
 
 
-def _changes(trial: Trial, only: str = "") -> Iterator[tuple[str, Science, Rows]]:
-    """Yield what to type, and the trial with it, the cheapest first."""
+def _changes(trial: Trial, name: str) -> Iterator[tuple[str, Trial]]:
+    """Yield what to type for the setting `name`, and the trial with it, the nearest first."""
     science, rows = trial.science, trial.rows
-    if science.quant.kind in ("none", "int8") and only in ("", "quant"):
-        yield "quant=nf4", replace(science, quant=QuantConfig(kind="nf4", double=False)), rows
-    rank = science.lora.r
-    while rank > 1 and only in ("", "lora.r"):
-        rank //= 2
-        yield f"lora.r={rank}", replace(science, lora=replace(science.lora, r=rank)), rows
-    if science.lora.targets != "attention_qv" and only in ("", "lora.targets"):
-        lora = replace(science.lora, targets="attention_qv")
-        yield "lora.targets=attention_qv", replace(science, lora=lora), rows
-    length = len(rows.longest.ids)
-    while length > SHORTEST and only in ("", "data.max_length"):
-        length = max(SHORTEST, length // 2)
-        data = replace(science.data, max_length=length)
-        yield f"data.max_length={length}", replace(science, data=data), rows.cut(length)
+    group, _, field = name.partition(".")
+    for value in _values(trial, name):
+        if name == "quant":
+            changed = replace(science, quant=QuantConfig(kind=value, double=False))
+        else:
+            of_group = replace(getattr(science, group), **{field: value})
+            changed = replace(science, **{group: of_group})
+        shorter = rows.cut(value) if name == "data.max_length" else rows
+        yield f"{name}={value}", Trial(changed, shorter)
 
 
-def _rate(answerer: _Answerer, science: Science) -> float:
-    """Return the measured GFLOP/s of a matmul of the base's widths."""
-    config, dtype = answerer.config(science), answerer.forecaster(science).dtype
-    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    return gemm_gflops(config.hidden_size, inner, dtype)
+def _values(trial: Trial, name: str) -> Iterator[Any]:
+    """Yield smaller values of a setting, the nearest first."""
+    science = trial.science
+    if name == "quant" and science.quant.kind in ("none", "int8"):
+        yield "nf4"
+    elif name == "lora.targets" and science.lora.targets != "attention_qv":
+        yield "attention_qv"
+    elif name == "lora.r":
+        yield from _halves(science.lora.r, 1)
+    elif name == "data.max_length":
+        yield from _halves(len(trial.rows.longest.ids), SHORTEST)
+    elif name in _SCORING:
+        yield from _halves(getattr(science.eval, name.removeprefix("eval.")), _SCORING[name])
+
+
+def _halves(value: int, least: int) -> Iterator[int]:
+    while value > least:
+        value = max(least, value // 2)
+        yield value
 
 
 def _download_mib(

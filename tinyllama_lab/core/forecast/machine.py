@@ -29,6 +29,7 @@ class Machine:
         free_mib: memory that a worker may take in all, `process_mib` included.
         overhead_mib: memory beside what PyTorch allocates: the CUDA context.
         has_varlen: whether attention on this GPU keeps nothing but its input and output.
+        total_mib: memory of the GPU, by which a worker chooses its micro-batches; 0 on a CPU.
     """
 
     is_gpu: bool
@@ -37,6 +38,7 @@ class Machine:
     free_mib: float
     overhead_mib: float
     has_varlen: bool
+    total_mib: float = 0.0
 
     @property
     def device(self) -> torch.device:
@@ -44,9 +46,14 @@ class Machine:
         return torch.device("meta" if self.is_gpu else "cpu")
 
     def dtype_of(self, precision: str) -> torch.dtype:
-        """Return what a base computes in under this `train.precision`."""
-        named = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-        return self.dtype if precision == "auto" else named[precision]
+        """Return what a base computes in under this `train.precision`.
+
+        Raises:
+            ModelError: the machine cannot compute in it.
+        """
+        if precision == "auto":
+            return self.dtype
+        return pick_dtype(precision, torch.device("cuda" if self.is_gpu else "cpu"))
 
 
 def machine_of(hardware: HardwareConfig) -> Machine:
@@ -66,7 +73,8 @@ def machine_of(hardware: HardwareConfig) -> Machine:
         free, _ = torch.cuda.mem_get_info(device)
         varlen = torch.cuda.get_device_capability(device) >= (8, 0)
         # what is not free now holds the context of this process as well
-        return Machine(True, dtype, 0.0, SHARE * free / MIB, (total - free) / MIB, varlen)
+        room, beside = SHARE * free / MIB, (total - free) / MIB
+        return Machine(True, dtype, 0.0, room, beside, varlen, total / MIB)
     held = process_mib()
     workers = hardware.workers or 1
     # this process ends before a worker begins
@@ -79,7 +87,8 @@ def _card(card: CardConfig, device: str) -> Machine:
     half = torch.bfloat16 if bf16 else torch.float16 if is_gpu else torch.float32
     held = 0.0 if is_gpu else process_mib()
     overhead = reserved if is_gpu else 0.0
-    return Machine(is_gpu, half, held, SHARE * (total - reserved), overhead, is_gpu and bf16)
+    room, varlen = SHARE * (total - reserved), is_gpu and bf16
+    return Machine(is_gpu, half, held, room, overhead, varlen, total if is_gpu else 0.0)
 
 
 def process_mib() -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -50,6 +51,8 @@ class PackForecast:
         train_peak_mib: allocated on a GPU, resident on a CPU.
         infer_peak_mib: the same while the adapters are scored.
         free_mib: what the worker may take beside its base.
+        needs_mib: what its largest trial needs alone, with every remedy of the worker.
+        phase: that needs it, training or scoring.
     """
 
     fits: list[bool]
@@ -60,6 +63,25 @@ class PackForecast:
     infer_peak_mib: float
     free_mib: float
     needs_mib: float
+    phase: str
+
+
+@dataclass(frozen=True)
+class Need:
+    """MiB beside the base that a trial needs alone, with every remedy of the worker."""
+
+    training: float
+    scoring: float
+
+    @property
+    def most(self) -> float:
+        """What the larger phase needs."""
+        return max(self.training, self.scoring)
+
+    @property
+    def phase(self) -> str:
+        """The phase that needs more."""
+        return "scoring" if self.scoring > self.training else "training"
 
 
 @dataclass(frozen=True)
@@ -103,7 +125,11 @@ class Forecaster:
         self.weights_mib = outline.weights_mib + (outline.dense_mib() if keeps else 0.0)
         self.baseline_mib = machine.process_mib + self.weights_mib
         self.room_mib = machine.free_mib - self.baseline_mib
+        # what trials share, because each takes a walk through the base
         self._kept: dict[str, float] = {}
+        self._engines: dict[tuple[bool, bool], Engine[Any]] = {}
+        self._sizes: dict[str, tuple[int, float]] = {}
+        self._adapters_mib: dict[str, float] = {}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -115,7 +141,7 @@ class Forecaster:
         """Values of the base."""
         return self._base.parameters
 
-    @property
+    @cached_property
     def block_parameters(self) -> int:
         """Values that every token is multiplied with: those of the blocks, without the head."""
         model = self._base.model
@@ -129,6 +155,12 @@ class Forecaster:
 
     def size(self, lora: LoraConfig) -> tuple[int, float]:
         """Return the trained values of an adapter, and MiB of its file."""
+        key = repr(lora)
+        if key not in self._sizes:
+            self._sizes[key] = self._size(lora)
+        return self._sizes[key]
+
+    def _size(self, lora: LoraConfig) -> tuple[int, float]:
         count = adapters.count_parameters(self._base.model, lora)
         shapes = adapters.target_shapes(self._base.model, lora)
         header = {
@@ -146,32 +178,70 @@ class Forecaster:
         """Return what a pack will need."""
         science, engine = trials[0].science, self._engine(trials[0].science)
         planner, context = self._planner(engine, trials)
-        sizes = [engine.adapter_mib(each.science.lora) for each in trials]
+        sizes = [self._adapter_mib(engine, each.science.lora) for each in trials]
         longest = max(len(each.rows.longest.ids) for each in trials)
         fixed = science.train.deterministic
         together = planner.plan_training(sizes, longest, fixed)
+        needs = [self.need(trial) for trial in trials]
+        most = max(needs, key=lambda need: need.most)
+        # a worker plans with the first trial, but tokens of larger adapters keep more
+        planner.assume(max(map(self._kept_per_token, trials)))
+        # trials leave and others join, so the largest meet
+        trials = sorted(trials, key=lambda t: -self._adapter_mib(engine, t.science.lora))
+        sizes = sorted(sizes, reverse=True)[:together]
         laid_out = list(self._steps(engine, planner, context, trials[:together]))
+        if together < len(trials):
+            of_length = sorted(trials, key=lambda trial: -len(trial.rows.longest.ids))
+            laid_out += self._steps(engine, planner, context, of_length[:together])
         for micro_batches in laid_out:
-            planner.predict(sizes[:together], micro_batches)
-        steps = max(each.rows.step_count(each.science) for each in trials[:together])
+            planner.predict(sizes, micro_batches)
+        steps = max(each.rows.step_count(each.science) for each in trials)
         if steps > ROUNDS:  # the others are as large, and come after more of them
             shapes = len({tokens for step in laid_out for tokens in step})
             planner.pass_over(round((steps - ROUNDS) / ROUNDS * shapes))
-            planner.predict(sizes[:together], max(laid_out, key=max))
-        largest = max(map(max, laid_out))
-        alone = [self._alone(engine, trial) for trial in trials]
+            planner.predict(sizes, max(laid_out, key=max))
         return PackForecast(
-            [needs <= self.room_mib for needs in alone],
+            [need.most <= self.room_mib for need in needs],
             together,
-            largest,
+            max(map(max, laid_out)),
             planner.checkpointing,
             planner.predicted()["memory/predicted_mib"],
-            self._scoring(engine, planner, context, trials),
+            self._scoring(engine, planner, context, trials[:together]),
             self.room_mib,
-            max(alone),
+            most.most,
+            most.phase,
         )
 
+    def fits(self, trial: Trial) -> bool:
+        """Return whether a trial fits alone, in training and in scoring."""
+        return self.need(trial).most <= self.room_mib
+
+    def need(self, trial: Trial) -> Need:
+        """Return what a trial needs alone, with every remedy of the worker."""
+        engine = self._engine(trial.science)
+        planner, context = self._planner(engine, [trial])
+        adapter_mib = self._adapter_mib(engine, trial.science.lora)
+        longest = len(trial.rows.longest.ids)
+        planner.plan_training([adapter_mib], longest, trial.science.train.deterministic)
+        training = planner.predicted_alone(adapter_mib)["memory/alone_mib"]
+        scoring = self._scoring(engine, planner, context, [trial], self._machine.is_gpu)
+        return Need(*(max(0.0, mib - self.baseline_mib) for mib in (training, scoring)))
+
+    def _adapter_mib(self, engine: Engine[Any], lora: LoraConfig) -> float:
+        """Return MiB of an adapter in training; its settings decide the engine."""
+        key = repr(lora)
+        if key not in self._adapters_mib:
+            self._adapters_mib[key] = engine.adapter_mib(lora)
+        return self._adapters_mib[key]
+
     def _engine(self, science: Science) -> Engine[Any]:
+        """Return the engine of a trial. A forecast changes no state that another would read."""
+        key = self.is_packed(science.lora), science.train.deterministic
+        if key not in self._engines:
+            self._engines[key] = self._new_engine(science)
+        return self._engines[key]
+
+    def _new_engine(self, science: Science) -> Engine[Any]:
         if not self.is_packed(science.lora):
             return PeftEngine(self._base)
         cache = max(0, int(_CACHE_SHARE * self.room_mib)) if self._machine.is_gpu else None
@@ -183,8 +253,8 @@ class Forecaster:
     ) -> tuple[_Planner, WorkerContext]:
         hardware, tokens = self._hardware, self._hardware.micro_batch_tokens
         if self._machine.is_gpu and tokens is None:
-            total = self._machine.free_mib + self._machine.overhead_mib
-            hardware = replace(hardware, micro_batch_tokens=gpu_tokens(int(total * MIB)))
+            total_bytes = int(self._machine.total_mib * MIB)
+            hardware = replace(hardware, micro_batch_tokens=gpu_tokens(total_bytes))
         held: Any = _Held(self.baseline_mib)
         data: Any = None  # rows are read already
         context = WorkerContext(self._base, data, hardware, held, "", lambda: False)
@@ -237,35 +307,35 @@ class Forecaster:
             batches = engine.micro_batches(items, limit)
             yield [sum(len(item.example.ids) for item in batch) for batch in batches]
 
-    def _alone(self, engine: Engine[Any], trial: Trial) -> float:
-        """Return MiB beside the base that a trial needs alone, with every remedy of the worker."""
-        planner, context = self._planner(engine, [trial])
-        adapter_mib = engine.adapter_mib(trial.science.lora)
-        longest = len(trial.rows.longest.ids)
-        planner.plan_training([adapter_mib], longest, trial.science.train.deterministic)
-        needed = planner.predicted_alone(adapter_mib)["memory/alone_mib"]
-        return max(0.0, needed - self.baseline_mib)
-
     def _scoring(
         self,
         engine: Engine[Any],
         planner: Planner,
         context: WorkerContext,
         trials: Sequence[Trial],
+        least: bool = False,
     ) -> float:
-        """Return the peak of scoring: optimizer states are gone, and nothing is kept."""
+        """Return the peak of scoring: optimizer states are gone, and nothing is kept.
+
+        With `least`, as after errors of memory on a GPU: an example and a prompt at a time. On a
+        CPU the kernel ends a worker that takes too much, so it has no such remedy.
+        """
         together = trials[: engine.max_concurrent or len(trials)]
         share = 1 - 8 / ADAPTER_BYTES if self._base.dtype == torch.float32 else 1 - 8 / 18
-        sizes = [share * engine.adapter_mib(trial.science.lora) for trial in together]
-        heldout = [example for trial in together for example in trial.rows.heldout]
-        base = list(together[0].rows.heldout)
-        tokens = sum(len(example.ids) for example in [*heldout, *base])
-        labels = sum(example.labels for example in [*heldout, *base])
+        sizes = [share * self._adapter_mib(engine, trial.science.lora) for trial in together]
+        examples = [example for trial in together for example in trial.rows.heldout]
+        examples += together[0].rows.heldout  # of the base
+        if least:
+            examples = sorted(examples, key=lambda example: len(example.ids))[-1:]
+        tokens = sum(len(example.ids) for example in examples)
+        labels = sum(example.labels for example in examples)
         limit = 2 * context.micro_batch_tokens
-        cache = self._cache(engine, together)
-        return planner.scoring_mib(sizes, min(tokens, limit), min(labels, limit), cache)
+        if not least:
+            tokens, labels = min(tokens, limit), min(labels, limit)
+        cache = self._cache(engine, together, least)
+        return planner.scoring_mib(sizes, tokens, labels, cache)
 
-    def _cache(self, engine: Engine[Any], trials: Sequence[Trial]) -> float:
+    def _cache(self, engine: Engine[Any], trials: Sequence[Trial], least: bool) -> float:
         """Return MiB of the largest cache of keys and values: of generations, or of timing."""
         config: Any = self._outline.model.config
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -273,15 +343,15 @@ class Forecaster:
         a_token = values * self._outline.dtype.itemsize / MIB
         settings, heldout = trials[0].science.eval, trials[0].rows.heldout
         longest = max((len(example.prompt_ids) for example in heldout), default=0)
-        # a batch is decoded for one adapter at a time when it is timed
-        timed = settings.latency_batch * (longest + settings.latency_tokens + 1)
+        # a batch is decoded for one adapter at a time when it is timed; it is skipped, not shrunk
+        timed = (1 if least else settings.latency_batch) * (longest + settings.latency_tokens + 1)
         tokens = timed if settings.latency_tokens else 0
         examples = list(heldout[: settings.generations])
         if examples:
             # the base generates along with the adapters
             items: list[WorkItem[Any]] = [WorkItem(None, e) for e in examples] * (len(trials) + 1)
             rows = min(len(items), engine.max_prompts(items, settings.max_new_tokens))
-            tokens = max(tokens, rows * (longest + settings.max_new_tokens))
+            tokens = max(tokens, (1 if least else rows) * (longest + settings.max_new_tokens))
         return tokens * a_token
 
 

@@ -14,7 +14,7 @@ from tinyllama_lab.core.models.loading import model_folder, read_tokenizer, repo
 from tinyllama_lab.core.training.step_schedule import batches, rows_seen, steps_of
 
 SUPERVISED = 0.5  # share of the tokens of an estimated row; about that of chats
-GUESSED_ALL = 1000  # rows of `data.n=all` of a set that nobody has counted
+GUESSED_ALL = 1000  # rows of `data.n=all` of a set that nobody has counted; the driver says so
 ROUNDS = 8  # of a pack that are laid out; later ones are as large as the largest of them
 _COUNTED = 20_000  # rows whose tokens are added up one by one
 
@@ -26,6 +26,7 @@ class Rows:
     train: Sequence[Example]
     heldout: Sequence[Example]
     is_counted: bool  # whether a tokenizer made them
+    is_guessed: bool = False  # whether even their number is not known
 
     @property
     def longest(self) -> Example:
@@ -98,13 +99,14 @@ def has_tokenizer(model: ModelConfig) -> bool:
 
 def _estimated(science: Science, estimate: Mapping[str, Any]) -> Rows:
     """Return one longest row, and the others of the mean length."""
-    known = int(estimate.get("rows") or GUESSED_ALL)
-    count = known if science.data.n == ALL else int(science.data.n)
+    known = int(estimate.get("rows") or 0)
+    count = (known or GUESSED_ALL) if science.data.n == ALL else int(science.data.n)
+    is_guessed = science.data.n == ALL and not known
     most = science.data.max_length
     mean = max(2, round(min(most, estimate.get("mean") or most)))
     longest = max(mean, round(min(most, estimate.get("longest") or most)))
     train = [_row(longest), *[_row(mean)] * (count - 1)]
-    return Rows(train, [_row(mean)] * science.data.eval_n, False)
+    return Rows(train, [_row(mean)] * science.data.eval_n, False, is_guessed)
 
 
 def _row(tokens: int) -> Example:

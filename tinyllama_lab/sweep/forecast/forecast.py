@@ -7,18 +7,23 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from tinyllama_lab.config.schema import Config, Science, part
+from tinyllama_lab.config.schema import Config, HardwareConfig, Science, part
 from tinyllama_lab.data.sources import load_held_out, load_rows
 from tinyllama_lab.data.splits.local_split import load_split
 from tinyllama_lab.data.splits.splits import Split
 from tinyllama_lab.report.analysis.earlier import studies_below
 from tinyllama_lab.sweep.ask.cost import KnownCosts, estimated_tokens, known_costs
-from tinyllama_lab.sweep.execution.slots import find_slots
+from tinyllama_lab.sweep.execution.slots import SlotPool, find_slots
 from tinyllama_lab.sweep.forecast.minutes import speed_of
 from tinyllama_lab.sweep.forecast.process import Estimate, Forecasting
-from tinyllama_lab.sweep.plan import Plan, Planned
+from tinyllama_lab.sweep.plan import GUESSED_ROWS, Plan, Planned
+from tinyllama_lab.sweep.settings.profile import gpu_count
 
 TRIAL_MIB = 0.6  # of a trial's folder besides its adapter: losses, log, picture, tokenizer
+_GUESSED = (
+    f"the rows of data.n=all are not known before the download; {GUESSED_ROWS:,} are assumed for "
+    "the memory, and no time is told"
+)
 CHECKPOINT_MIB = 3.0  # of a checkpoint and the one before it, for each MiB of an adapter's file
 
 
@@ -51,7 +56,10 @@ class TrialForecast:
         instead = self.facts["instead"]
         way = f"nearest that fits: {' '.join(instead)}" if instead else "no setting makes it fit"
         needs, has = self.facts["needs_mib"], max(0.0, self.facts["free_mib"])
-        return f"does not fit: {needs:,.0f} MiB beside the base, and there are {has:,.0f}; {way}"
+        return (
+            f"does not fit: {self.facts['phase']} needs {needs:,.0f} MiB beside the base, and "
+            f"there are {has:,.0f}; {way}"
+        )
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,8 @@ class Forecast:
     trials: list[TrialForecast]
     reply: dict[str, Any]  # of the worker half
     workers: int
+    members: list[list[str]]  # keys of the trials of each pack
+    compares: bool  # whether settings differ, of which the best is confirmed
 
     @property
     def packs(self) -> list[dict[str, Any]]:
@@ -81,12 +91,17 @@ class Forecast:
 
     @property
     def seconds(self) -> float | None:
-        """Seconds of the whole sweep: its packs, divided among the workers."""
-        seconds = [trial.seconds for trial in self.counted]
-        if any(each is None for each in seconds):
+        """Seconds of the whole sweep, until the worker with the most to do has ended."""
+        seconds = {trial.planned.trial.key: trial.seconds for trial in self.counted}
+        if None in seconds.values():
             return None
-        starts = float(self.reply["start_s"]) * math.ceil(len(self.packs) / self.workers)
-        return starts + math.fsum(each or 0.0 for each in seconds) / self.workers
+        ends = [0.0] * self.workers
+        for keys in self.members:
+            if counted := [key for key in keys if key in seconds]:
+                # the worker that is free first takes the next pack
+                needed = math.fsum(seconds[key] or 0.0 for key in counted)
+                ends[ends.index(min(ends))] += float(self.reply["start_s"]) + needed
+        return max(ends)
 
     @property
     def disk_mib(self) -> float:
@@ -105,23 +120,40 @@ def forecast(plan: Plan, process: Forecasting, launcher: str = "local") -> Forec
         return None
     hardware = plan.config.hardware
     # a card is one GPU, or one worker on a CPU
-    workers = 1 if hardware.card.name else find_slots(hardware, launcher).size
+    slots = None if hardware.card.name else find_slots(hardware, launcher)
+    workers = slots.size if slots else 1
     earlier = _Earlier(plan)
     known = {planned.trial.key: earlier.costs(planned) for planned in plan.todo}
     estimates = {key: estimate for key, (_, estimate) in known.items()}
-    settings = asdict(hardware) | {"workers": workers}
-    reply = process.ask(plan.packs(workers), settings, estimates)
+    settings = asdict(hardware) | {"workers": workers, "threads": _threads(hardware, slots)}
+    packs = plan.packs(workers)
+    reply = process.ask(packs, settings, estimates)
     trials = []
     for planned in plan.todo:
         costs, estimate = known[planned.trial.key]
         facts = reply["trials"][planned.trial.key]
-        speed = speed_of(costs, hardware.card, reply)
+        speed = None
+        if not facts["is_guessed"]:
+            speed = speed_of(costs, hardware.card, reply["machine"], facts)
         seconds = speed.seconds(planned, facts) if speed else None
         source = "" if facts["is_counted"] else estimate.source
+        if facts["is_guessed"]:
+            source = f"{_GUESSED}; {source}"
         trials.append(
             TrialForecast(planned, facts, seconds, speed.source if speed else "", source)
         )
-    return Forecast(plan.config, trials, reply, workers)
+    members = [[planned.trial.key for planned in pack] for pack in packs]
+    compares = any(key != "seed" for key in plan.swept)
+    return Forecast(plan.config, trials, reply, workers, members, compares)
+
+
+def _threads(hardware: HardwareConfig, slots: SlotPool | None) -> int | None:
+    """Return the threads of a worker; its speed is measured with them on a CPU."""
+    if slots is None or (hardware.device != "cpu" and gpu_count()):
+        return hardware.threads  # a slot of a GPU must not be leased for a question
+    slots.lease(1)
+    slot = slots.take()
+    return slot.threads if slot else hardware.threads
 
 
 def leave_out(plan: Plan, unfit: Sequence[TrialForecast]) -> None:

@@ -41,26 +41,31 @@ class Speed:
         return float(facts["tflop"]) * 1e12 / self.flops
 
 
-def speed_of(known: KnownCosts, card: CardConfig, reply: Mapping[str, Any]) -> Speed | None:
+def speed_of(
+    known: KnownCosts, card: CardConfig, machine: Mapping[str, Any], facts: Mapping[str, Any]
+) -> Speed | None:
     """Return the speed on a card or on this machine, and what it rests on; None if unknown.
 
     Args:
         known: what earlier trials of the base cost here.
         card: the settings of `hardware.card`.
-        reply: the answer of the forecast, with the measured rate of matmuls.
+        machine: as the forecast describes it.
+        facts: of a trial, with its dtype and the measured rate of matmuls in it.
     """
     if card.name is not None:
-        is_gpu = reply["machine"]["is_gpu"]
-        share = _OF_DATA_SHEET[is_gpu]
-        peak = float(card.tflops or 0.0)
-        source = f"{share:.0%} of the {peak:g} TFLOP/s of the data sheet"
+        share, dtype = _OF_DATA_SHEET[machine["is_gpu"]], facts["dtype"]
+        # a GPU without fast bf16 emulates it, at a rate that no data sheet tells
+        is_fast = card.bf16 or dtype == machine["dtype"]
+        peak = card.tflops_fp32 if dtype == "float32" else card.tflops if is_fast else None
+        if not peak:
+            return None
+        source = f"{share:.0%} of the {peak:g} TFLOP/s of the data sheet in {dtype}"
         return Speed(share * peak * 1e12, None, None, source)
     if known.tokens_per_s:
         source = f"{known.tokens_per_s:.0f} tokens/s, {known.speed_source}"
         return Speed(0.0, known.tokens_per_s, known.scoring_s, source)
-    if reply["gflops"] is None:  # a GPU: this process has timed none of its matmuls
+    gflops, of_measured = facts["gflops"], _OF_MEASURED.get(facts["dtype"])
+    if gflops is None or of_measured is None:  # a GPU: this process has timed none of its matmuls
         return None
-    share = _OF_MEASURED.get(reply["machine"]["dtype"], _OF_MEASURED["float32"])
-    gflops = reply["gflops"]
-    source = f"{share:.0%} of the {gflops:.0f} GFLOP/s that a matmul reaches here now"
-    return Speed(share * gflops * 1e9, None, None, source)
+    source = f"{of_measured:.0%} of the {gflops:.0f} GFLOP/s that a matmul reaches here now"
+    return Speed(of_measured * gflops * 1e9, None, None, source)

@@ -79,8 +79,8 @@ def _lines(forecast: Forecast) -> Iterator[tuple[str, str]]:
             f"{train:,.0f} MiB in training, {infer:,.0f} in scoring",
         )
     yield "time", _time(forecast)
-    if source := next((t.rows_source for t in forecast.trials if t.rows_source), ""):
-        yield "tokens", source
+    if sources := dict.fromkeys(t.rows_source for t in forecast.trials if t.rows_source):
+        yield "tokens", "; ".join(sources)
     yield "disk", f"about {_size(forecast.disk_mib)} of adapters, checkpoints and results"
     for repo, mib in forecast.reply["download_mib"].items():
         yield "download", f"about {_size(mib)} of weights from {repo}, once"
@@ -99,11 +99,29 @@ def _machine(forecast: Forecast) -> str:
 
 
 def _time(forecast: Forecast) -> str:
-    seconds = forecast.seconds
+    seconds, card = forecast.seconds, forecast.config.hardware.card
+    unknown = [trial.facts for trial in forecast.counted if trial.seconds is None]
+    if any(facts["is_guessed"] for facts in unknown):
+        return "not known: the number of rows is not"
+    if unknown and card.name is not None:
+        return f"not known: nor is the rate of a {card.name} in {unknown[0]['dtype']}"
     if seconds is None:
         return "not known here before the first trial"
     sources = dict.fromkeys(t.speed_source for t in forecast.counted if t.speed_source)
-    return f"about {duration(_rounded(seconds))} in all ({'; '.join(sources) or 'nothing to run'})"
+    source = "; ".join(sources) or "nothing to run"
+    return f"about {duration(_rounded(seconds))} in all ({source}){_not_counted(forecast)}"
+
+
+def _not_counted(forecast: Forecast) -> str:
+    """Return what else the command does, or leaves out."""
+    config, texts = forecast.config, list[str]()
+    if forecast.compares and config.confirm != "off":
+        texts.append("without confirmation (confirm=off leaves it out)")
+    if config.deploy:
+        texts.append("without deployment (deploy=false leaves it out)")
+    if config.tune:
+        texts.append("with every candidate of tune trained to its end, which few are")
+    return "".join(f"; {text}" for text in texts)
 
 
 def _unfit(forecast: Forecast) -> Iterator[tuple[str, str]]:
