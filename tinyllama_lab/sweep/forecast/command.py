@@ -16,7 +16,7 @@ from tinyllama_lab.sweep.forecast.forecast import forecast
 from tinyllama_lab.sweep.forecast.process import Forecasting
 from tinyllama_lab.sweep.forecast.table import print_forecast
 from tinyllama_lab.sweep.plan import check_cells, make_plan
-from tinyllama_lab.sweep.settings.day import dated
+from tinyllama_lab.sweep.settings.day import dated_if_here
 from tinyllama_lab.sweep.settings.flags import DRY_RUN
 from tinyllama_lab.sweep.settings.questions import expand
 
@@ -48,7 +48,7 @@ def show_plan(arguments: Sequence[str]) -> int:
         grid = expand(grid_cells(typed))
         configs = check_cells(grid.cells, weights=False)
         study = StudyFolder(Path(configs[0].sweeps_dir), configs[0].study)
-        plan = make_plan(grid.cells, dated(configs, study), study)
+        plan = make_plan(grid.cells, dated_if_here(configs, study), study)
         console = Console(width=line_width(), highlight=False)
         done = len(plan.trials) - len(plan.todo)
         console.print(
