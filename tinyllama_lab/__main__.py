@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyllama_lab import __version__
-from tinyllama_lab.errors import quiet_interrupt, user_errors
+from tinyllama_lab.errors import ConfigError, quiet_interrupt, user_errors
 
 with quiet_interrupt():  # importing these takes half a second, in which Ctrl-C may come
     import hydra
@@ -31,13 +31,12 @@ with quiet_interrupt():  # importing these takes half a second, in which Ctrl-C 
         use_folders_of,
         working_folder,
     )
-    from tinyllama_lab.sweep.settings.flags import read_flags, with_folders
+    from tinyllama_lab.sweep.settings.flags import DRY_RUN, read_flags, with_folders
     from tinyllama_lab.sweep.settings.typed_paths import quote_paths
     from tinyllama_lab.sweep.ui_command import show_ui
     from tinyllama_lab.sweep.usage import help_text, without_grid
 
 CONSOLE_SCRIPT = "tinyllama-lab"
-DRY_RUN = "--dry-run"  # plans the command and starts nothing
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")
@@ -79,22 +78,29 @@ def _sweep_arguments(arguments: list[str]) -> list[str]:
 
     Raises:
         SystemExit: the command was not a sweep; it has run to its end.
+        ConfigError: the command cannot be planned.
     """
+    is_dry = DRY_RUN in arguments
+    arguments = [text for text in arguments if text != DRY_RUN]
     command, rest = "".join(arguments[:1]), arguments[1:]
+    if command in _OTHERS:
+        if is_dry:
+            raise ConfigError(
+                [f"{DRY_RUN} plans a sweep, got the command {command}; leave it out"]
+            )
+        raise SystemExit(_OTHERS[command](rest))
     if command == "demo":
-        return ["-m", "experiment=quickstart", *rest]
-    if command == "ask":
+        arguments = ["-m", "experiment=quickstart", *rest]
+    elif command == "ask":
         from tinyllama_lab.sweep.ask.command import ask  # late: a second of imports
 
         if not (settings := ask(rest)):
             raise SystemExit(0)
-        return ["-m", *settings]
-    if command == "plan" or DRY_RUN in arguments:
+        arguments = ["-m", *settings]
+    if command == "plan" or is_dry:
         from tinyllama_lab.sweep.forecast.command import show_plan  # late, as above
 
         raise SystemExit(show_plan(rest if command == "plan" else arguments))
-    if command in _OTHERS:
-        raise SystemExit(_OTHERS[command](rest))
     if not {"-h", "--help"}.isdisjoint(arguments):
         print(help_text())
         raise SystemExit(0)

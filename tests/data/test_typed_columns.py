@@ -12,7 +12,8 @@ import pytest
 from tests import grid
 from tests.data.test_rows import config
 from tests.records import Records, chat, columns, written
-from tinyllama_lab.config.schema import load, resolved
+from tinyllama_lab.config.resolve import resolved
+from tinyllama_lab.config.schema import load
 from tinyllama_lab.data.formats.cells import SPLIT_KEY
 from tinyllama_lab.data.formats.detection import recognise
 from tinyllama_lab.data.rows import to_rows

@@ -17,7 +17,7 @@ import pytest
 from tests.driver.test_cli import HEAVY, command, made
 from tests.studies import ENVIRONMENT, first_evaluation, simulated_study
 from tinyllama_lab import __main__ as app
-from tinyllama_lab.config.schema import resolved
+from tinyllama_lab.config.resolve import resolved
 from tinyllama_lab.errors import ConfigError, LabError
 from tinyllama_lab.report.analysis.design import (
     ASSUMED_OWN,

@@ -188,6 +188,39 @@ def test_demo_is_the_quickstart_with_further_settings(main: Callable[..., str]) 
     assert command_line._sweep_arguments(["demo", "seeds=1"]) == expected
 
 
+@pytest.mark.parametrize(
+    ("typed", "planned"),
+    [
+        ("demo --dry-run seeds=1", "-m experiment=quickstart seeds=1"),
+        ("ask run=true lora.r=8,16 --dry-run", "-m lora.r=8,16 seeds=3"),
+        ("-m --dry-run lora.r=8,16", "-m lora.r=8,16"),
+        ("--dry-run plan lora.r=8", "lora.r=8"),
+    ],
+)
+def test_a_command_that_runs_a_sweep_can_be_planned(
+    monkeypatch: pytest.MonkeyPatch, typed: str, planned: str
+) -> None:
+    shown: list[str] = []
+    module = "tinyllama_lab.sweep.forecast.command.show_plan"
+    monkeypatch.setattr(module, lambda words: shown.extend(words) or 0)
+    answer = ["lora.r=8,16", "seeds=3"]
+    monkeypatch.setattr(
+        "tinyllama_lab.sweep.ask.command.ask", lambda words: answer * ("--dry-run" not in words)
+    )
+    with pytest.raises(SystemExit) as ended:
+        command_line._sweep_arguments(typed.split())
+    assert ended.value.code == 0 and shown == planned.split()
+
+
+@pytest.mark.parametrize(
+    "typed", ["report study=x --dry-run", "--dry-run evaluate", "ui --dry-run"]
+)
+def test_a_command_that_runs_no_sweep_is_not_planned(typed: str) -> None:
+    command = next(word for word in typed.split() if word.isalpha())
+    with pytest.raises(ConfigError, match=f"got the command {command}; leave it out"):
+        command_line._sweep_arguments(typed.split())
+
+
 def test_ui_becomes_mlflow_on_the_database_of_this_folder(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

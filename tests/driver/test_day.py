@@ -12,7 +12,8 @@ import pytest
 
 from tests import grid
 from tinyllama_lab.config import schema as config
-from tinyllama_lab.config.schema import Config, resolved
+from tinyllama_lab.config.resolve import resolved
+from tinyllama_lab.config.schema import Config
 from tinyllama_lab.data import hub
 from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.study.trial import trial_key

@@ -23,6 +23,8 @@ from tinyllama_lab.config.schema import Config, TrackingConfig, load
 from tinyllama_lab.sweep.check import composed
 from tinyllama_lab.sweep.doctor import machine, places
 from tinyllama_lab.sweep.doctor.finding import Finding, Level
+from tinyllama_lab.sweep.doctor.fit import fit
+from tinyllama_lab.sweep.forecast.process import Forecasting
 
 ROOT = Path(__file__).parents[2]
 ANSWER: dict[str, Any] = {
@@ -76,6 +78,33 @@ def test_doctor_checks_a_command_and_trains_nothing(tmp_path: Path) -> None:
     assert "CXX=none turns the loops in C++ off" in ended.stdout
     assert "hf_x" not in ended.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["mlruns"]
+
+
+@pytest.mark.parametrize(
+    ("words", "level", "text"),
+    [
+        (
+            ["lora.r=4,8"],
+            Level.OK,
+            r"2 trials in 1 pack fit, up to [\d,]+ MiB of [\d.]+ GiB, about ",
+        ),
+        (["hardware.threads=99999"], Level.PROBLEM, r"hardware\.threads must be at most"),
+        (["data.n=99999999"], Level.PROBLEM, "data.n=99999999 needs 99999999 usable"),
+        (["experiment=search_travel"], Level.OK, "unknown: a search proposes its trials"),
+        (["hardware=t4"], Level.PROBLEM, "describes a machine to plan for, got T4"),
+    ],
+)
+def test_the_plan_of_the_command_is_a_line(
+    words: list[str], level: Level, text: str, tmp_path: Path
+) -> None:
+    with Forecasting() as process:
+        (finding,) = fit([*grid.SMALL, *words], tmp_path, process)
+    assert finding.level is level and re.search(text, finding.text)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_card_that_is_only_planned_for_is_no_missing_gpu() -> None:
+    assert lines(machine.devices(ANSWER, config("hardware=t4")))["gpu"].level is Level.OK
 
 
 @pytest.mark.parametrize(

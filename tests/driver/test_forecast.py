@@ -14,19 +14,20 @@ import pytest
 from rich.console import Console
 
 from tinyllama_lab import __main__ as app
-from tinyllama_lab.config.schema import NO_CARD, PlanConfig
+from tinyllama_lab.config.schema import NO_CARD, PlanConfig, load
 from tinyllama_lab.core.models import tiny
+from tinyllama_lab.core.models.outline import read_config
 from tinyllama_lab.errors import ConfigError, ModelError
 from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.sweep.ask.cost import KnownCosts
-from tinyllama_lab.sweep.check import check_command, grid_cells
+from tinyllama_lab.sweep.check import check_command, composed, grid_cells
 from tinyllama_lab.sweep.execution.slots import find_slots
 from tinyllama_lab.sweep.forecast.command import show_plan
 from tinyllama_lab.sweep.forecast.forecast import Forecast, TrialForecast, _threads, leave_out
 from tinyllama_lab.sweep.forecast.minutes import speed_of
 from tinyllama_lab.sweep.forecast.table import print_forecast
 from tinyllama_lab.sweep.plan import Plan, check_cells, make_plan
-from tinyllama_lab.sweep.run import run_grid
+from tinyllama_lab.sweep.run import _skip_unfit, run_grid
 
 pytestmark = pytest.mark.usefixtures("little_garbage")
 SMALL = ("data=file", "data.n=16", "data.eval_n=4", "tracking=none", "seeds=1", "confirm=off")
@@ -60,8 +61,11 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(
     printed = capsys.readouterr().out
     assert "2 trials, 0 done, 2 to run" in printed
     assert lines_of(printed)["packs"].startswith("1 pack, up to 2 adapters at a time")
-    # r * (inputs + outputs) of every adapted module of the two layers
-    assert all(re.search(rf"^ +{r} .* yes .*\d+,\d+", printed, re.M) for r in (4, 8))
+    rows = {line.split()[0]: line.split() for line in printed.splitlines() if " yes " in line}
+    # r * (inputs + outputs), over the seven adapted modules of both layers
+    widths = [(64, 64), (64, 32), (64, 32), (64, 64), (64, 128), (64, 128), (128, 64)]
+    assert 2 * sum(map(sum, widths)) == 2048
+    assert {r: cells[6] for r, cells in rows.items()} == {"4": "8,192", "8": "16,384"}
     assert list(tmp_path.iterdir()) == []
 
 
@@ -78,7 +82,7 @@ def test_a_model_without_weights_is_planned_from_its_configuration(
     assert show_plan(["-m", *typed, "lora.r=16,1024", "hardware=t4"]) == 0
     printed = capsys.readouterr().out
     found = lines_of(printed)
-    assert "not yet measured on a T4" in found["machine"] and "float16" in found["machine"]
+    assert "not yet measured on this card" in found["machine"] and "float16" in found["machine"]
     assert "data sheet" in found["time"] and "characters a token" in found["tokens"]
     assert "does not fit" in found["unfit"] and "r=1024" in found["unfit"]
     assert not (tmp_path / "none").exists()
@@ -95,6 +99,64 @@ def test_a_missing_field_is_named_in_one_sentence(small: Sequence[str], tmp_path
     with pytest.raises(ModelError, match="the field num_attention_heads") as raised:
         show_plan(["model=local", f"model.path={folder}", *small])
     assert len(raised.value.problems) == 1
+
+
+def folder_with(tmp_path: Path, **changes: Any) -> Path:
+    """Return a model folder without weights, with some fields of its config.json changed."""
+    config = json.loads((tiny.folder() / "config.json").read_text())
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "shown"),
+    [
+        ("hidden_size", "abc", '"abc"'),
+        ("vocab_size", None, "null"),
+        ("num_attention_heads", 0, "0"),
+        ("vocab_size", -5, "-5"),
+        ("num_hidden_layers", True, "true"),
+        ("intermediate_size", 1.5, "1.5"),
+        ("num_key_value_heads", 0, "0"),
+    ],
+)
+def test_a_size_that_is_none_is_named_with_its_file(
+    small: Sequence[str], tmp_path: Path, field: str, value: Any, shown: str
+) -> None:
+    folder = folder_with(tmp_path, **{field: value})
+    with pytest.raises(ModelError) as raised:
+        read_config(load(composed(["model=local", f"model.path={folder}", *small]).raw).model)
+    (problem,) = raised.value.problems
+    assert f"the field {field} of config.json must be a positive integer" in problem
+    assert f"got {shown} in {folder / 'config.json'};" in problem
+
+
+def test_heads_that_share_keys_are_divided_evenly(small: Sequence[str], tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, num_attention_heads=4, num_key_value_heads=3)
+    with pytest.raises(ModelError, match=r"multiple of num_key_value_heads, got 4 and 3 in .*;"):
+        read_config(load(composed(["model=local", f"model.path={folder}", *small]).raw).model)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_act": "no_such"},
+        {"hidden_size": 30, "num_attention_heads": 4},
+        {"rope_parameters": "none"},
+    ],
+    ids=str,
+)
+def test_a_configuration_that_contradicts_itself_is_one_sentence(
+    small: Sequence[str], tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    folder = folder_with(tmp_path, **changes)
+    with pytest.raises(ModelError) as raised:
+        show_plan(["model=local", f"model.path={folder}", *small])
+    (problem,) = raised.value.problems
+    assert problem.startswith(f"{folder / 'config.json'} must describe a model")
+    assert "Traceback" not in problem and "File " not in problem
 
 
 def test_a_card_is_only_planned_for(small: Sequence[str], tmp_path: Path) -> None:
@@ -191,20 +253,34 @@ def test_what_does_not_fit_is_left_out_if_asked(small: Sequence[str], tmp_path: 
     assert any("left out: r=512 does not fit" in note for note in plan.notes)
 
 
+def tiny_card(memory_gib: float) -> list[str]:
+    """Return the settings of a GPU with little memory."""
+    card = {"name": "tiny", "memory_gib": memory_gib, "reserved_gib": 0, "bf16": "false"}
+    card |= {"tflops": 1, "tflops_fp32": 1, "measured": "false"}
+    return ["hardware.device=cuda", *(f"hardware.card.{key}={card[key]}" for key in card)]
+
+
 def test_a_sweep_leaves_out_what_does_not_fit(
     small: Sequence[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def forecast(plan: Plan, *_: Any) -> Forecast:
-        return by_hand(plan, unfit=range(len(plan.todo)))
-
-    monkeypatch.setattr("tinyllama_lab.sweep.forecast.forecast.forecast", forecast)
-    words = ["model=tiny_random", *small, "lora.r=4,8", "plan.skip_unfit=true"]
+    # otherwise a card is only planned for
+    monkeypatch.setattr("tinyllama_lab.sweep.run.check_runs_here", lambda hardware: None)
+    words = ["model=tiny_random", *small, "lora.r=4,8", "plan.skip_unfit=true", *tiny_card(1e-3)]
     check_command(["-m", *words])
     assert run_grid(grid_cells(words), "local", tmp_path) == []
-    assert capsys.readouterr().out.count("left out:") == 2
+    printed = capsys.readouterr().out
+    assert re.findall(r"left out: (r=\d) does not fit: ", printed) == ["r=4", "r=8"]
+    assert "2 to run" not in printed
+
+
+def test_a_sweep_keeps_what_fits(small: Sequence[str], tmp_path: Path) -> None:
+    # rank 1,024 has 2,088,960 parameters more, of 16 bytes each, which are 32 MiB
+    plan = plan_of(small, tmp_path, "lora.r=4,1024", *tiny_card(0.25))
+    _skip_unfit(plan, "local")
+    assert [planned.config["lora"]["r"] for planned in plan.todo] == [4]
 
 
 def test_seconds_come_from_earlier_trials_where_there_are_any(

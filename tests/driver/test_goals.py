@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from tests import grid
-from tinyllama_lab.config.schema import load, resolved
+from tinyllama_lab.config.resolve import resolved
+from tinyllama_lab.config.schema import load
 from tinyllama_lab.sweep.search.goals import Goals, logged_metrics, parse_goals
 
 LOGGED = ("eval/loss", "eval/bleu", "memory/train_peak_mib", "perf/decode_tokens_per_s")

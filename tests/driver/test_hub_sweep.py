@@ -115,6 +115,16 @@ def test_tinyllama_learns_dolly_from_the_hub_and_goes_on_without_it(
         assert len(read_split(science.data).remaining) == ROWS
 
 
+def test_a_plan_fetches_the_configuration_alone(tmp_path: Path) -> None:
+    with hub_server() as server:
+        server.add("model", TINYLLAMA, tinyllama(tmp_path / "made"))
+        words = (*SWEEP, "data=travel", "data.style=chat")  # a chat template may ask for the date
+        ended = Machine(tmp_path, server).run("plan", *words)
+        paths = [each.path for each in server.requests if "/resolve/" in each.path]
+    assert ended.returncode == 0, ended.stderr
+    assert {path.rpartition("/")[2] for path in paths} == {"config.json"}
+
+
 def test_a_model_in_shards_has_the_weights_of_the_one_file(tmp_path: Path) -> None:
     with hub_server() as server, hub_client(tmp_path / "home", server.url) as ask:
         server.add("model", TINYLLAMA, tinyllama(tmp_path / "whole"))

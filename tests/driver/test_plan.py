@@ -372,7 +372,9 @@ def test_the_problems_of_all_cells_come_together() -> None:
     ]
 
 
-@pytest.mark.parametrize("axis", ["study=a,b", "sweeps_dir=a,b", "retry=all,none"])
+@pytest.mark.parametrize(
+    "axis", ["study=a,b", "sweeps_dir=a,b", "retry=all,none", "plan.skip_unfit=true,false"]
+)
 def test_a_setting_that_changes_no_result_cannot_be_swept(axis: str) -> None:
     (problem,) = problems_of(axis)
     assert "must be the same for all trials of one command" in problem

@@ -9,11 +9,10 @@ from __future__ import annotations
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from tinyllama_lab.config.sources import SOURCES, SourceKind
-from tinyllama_lab.config.targets import TARGET_GROUPS
 from tinyllama_lab.config.validate import build, check, rule
 from tinyllama_lab.config.variants import VARIANTS
 from tinyllama_lab.errors import ConfigError, StudyError
@@ -275,15 +274,7 @@ class CardConfig:
             )
 
 
-NO_CARD = CardConfig(
-    name=None,
-    memory_gib=None,
-    reserved_gib=None,
-    bf16=None,
-    tflops=None,
-    tflops_fp32=None,
-    measured=None,
-)
+NO_CARD = CardConfig(**dict.fromkeys(typing.get_type_hints(CardConfig)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -356,45 +347,6 @@ def load(raw: Mapping[str, Any]) -> Config:
     if problems:
         raise ConfigError(problems)
     return typing.cast(Config, config)
-
-
-def resolved(config: Config) -> dict[str, Any]:
-    """Return the science as plain dictionaries, in one spelling: equal for equivalent trials.
-
-    A null alpha becomes 2 r, a list of targets becomes its group's name or is sorted, and empty
-    strings become null.
-    """
-    everything = asdict(config)  # only the groups of `Science` are in a key
-    plain = {name: everything[name] for name in typing.get_type_hints(Science)}
-    targets = config.lora.targets
-    if isinstance(targets, list):
-        # a typed list and the name of its group are one setting, so they must give one key
-        groups = {frozenset(names): group for group, names in TARGET_GROUPS.items()}
-        targets = groups.get(frozenset(targets), sorted(set(targets)))
-    # an alpha of 2 r has one key, whether it was typed or follows from `lora.r`
-    plain["lora"] |= {"alpha": config.lora.scale_alpha, "targets": targets}
-    plain["data"] |= _plain_data(config.data)
-    return plain
-
-
-def _plain_data(data: DataConfig) -> dict[str, Any]:
-    """Return the data settings that have several equivalent spellings, in one of them.
-
-    An empty column name means that there is no such column. Null means the same once the
-    columns of the text are known and the rows were read; before that, it requests recognition.
-    """
-    columns = asdict(data.columns)
-    is_text_known = columns["text"] or columns["messages"]
-    is_text_known = is_text_known or (columns["prompt"] and columns["response"])
-    if is_text_known and not data.is_open_hub_set:
-        columns = {key: name or None for key, name in columns.items()}
-    return {
-        "columns": columns,
-        "system": data.system or None,
-        "balance_by": data.balance_by or None,
-        "drop_containing": [text for text in data.drop_containing if text.strip()],
-        "mask": "response" if data.style == "text" else data.mask,  # a text is all response
-    }
 
 
 def part(cls: type[Any], raw: Mapping[str, Any]) -> Any:

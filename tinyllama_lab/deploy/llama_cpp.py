@@ -105,16 +105,7 @@ class GgufModel:
         self._model = lib.llama_model_load_from_file(os.fsencode(file), settings)
         if not self._model:
             raise ModelError(f"llama.cpp cannot read {file}; write it again with force=true")
-        context = lib.llama_context_default_params()
-        context.n_ctx = context.n_batch = context.n_ubatch = context_tokens
-        context.n_threads = context.n_threads_batch = threads or os.cpu_count()
-        self._context = lib.llama_init_from_model(self._model, context)
-        if not self._context:
-            lib.llama_model_free(self._model)
-            raise ModelError(
-                f"llama.cpp has no memory for {context_tokens} tokens of {file}; end other "
-                "programs, or set types= to measure no such file"
-            )
+        self._context = self._new_context(file, context_tokens, threads)
         if adapter is not None:
             try:
                 self._add(adapter)
@@ -123,6 +114,19 @@ class GgufModel:
                 raise
         self._vocab = lib.llama_model_get_vocab(self._model)
         self.vocabulary = int(lib.llama_vocab_n_tokens(self._vocab))
+
+    def _new_context(self, file: Path, tokens: int, threads: int | None) -> Any:
+        settings = self._lib.llama_context_default_params()
+        settings.n_ctx = settings.n_batch = settings.n_ubatch = tokens
+        settings.n_threads = settings.n_threads_batch = threads or os.cpu_count()
+        context = self._lib.llama_init_from_model(self._model, settings)
+        if not context:
+            self._lib.llama_model_free(self._model)
+            raise ModelError(
+                f"llama.cpp has no memory for {tokens} tokens of {file}; end other programs, or "
+                "set types= to measure no such file"
+            )
+        return context
 
     def __enter__(self) -> GgufModel:
         return self

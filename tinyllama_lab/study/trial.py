@@ -41,11 +41,9 @@ NEUTRAL: dict[str, Any] = {
 SHIPPED = ("tinyllama", "tinyllama_v01", "dolly", "alpaca", "bitext_travel", "indicvault")
 _UNLABELLED = (None, "package", "random", "travel")  # of all other sources, the name is a label
 
-
 # as PEFT and the Hugging Face hub name the files of an adapter
-CHAT_TEMPLATE = "chat_template.jinja"  # as transformers names it
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-CARD = "README.md"
+CARD, CHAT_TEMPLATE = "README.md", "chat_template.jinja"
 
 
 class State(StrEnum):

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from tinyllama_lab.config import schema as config
 from tinyllama_lab.config.axes import comparability_notes, folder_name, label, swept_keys
 from tinyllama_lab.config.command import study_settings, sweep_command
-from tinyllama_lab.config.schema import ALL, Config, EvalConfig, resolved
+from tinyllama_lab.config.resolve import resolved
+from tinyllama_lab.config.schema import ALL, Config, EvalConfig
 from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.study.evaluations import read_requested, result_folder
 from tinyllama_lab.study.pack import BaseSettings
@@ -194,10 +195,11 @@ def data_hint(overrides: Sequence[str]) -> str:
 
 def _not_swept(configs: Sequence[Config]) -> list[str]:
     """Return the problems of settings that differ between cells but change no result."""
+    groups = ("tracking", "hardware", "plan")
     problems = [
         f"{name} must be the same for all trials of one command, got several values; "
         "sweep a setting of model, data, lora, quant, train or seed"
-        for name in ("study", "sweeps_dir", "retry", "confirm", "deploy", "tracking", "hardware")
+        for name in ("study", "sweeps_dir", "retry", "confirm", "deploy", *groups)
         if any(getattr(cell_config, name) != getattr(configs[0], name) for cell_config in configs)
     ]
     return problems + _scored_differently(configs)

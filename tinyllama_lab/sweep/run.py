@@ -103,12 +103,8 @@ def run_grid(cells: Sequence[Cell], launcher: str, workdir: Path) -> list[Result
         plan.notes = notes + plan.notes
         if first.plan.skip_unfit:
             _skip_unfit(plan, launcher)
-        done, count = len(plan.trials) - len(plan.todo), len(plan.trials)
-        trials = "1 trial" if count == 1 else f"{count} trials"
         print_plan(plan, session)
-        trained_only = sum(planned.is_trained for planned in plan.todo)
-        note = f" ({trained_only} of them trained already: only scored)" if trained_only else ""
-        session.say(f"study {study.name}: {trials}, {done} done, {len(plan.todo)} to run{note}")
+        _say_what_is_left(plan, session)
         tuning = None
         if grid.tune:
             record(study, grid.tune, plan)
@@ -123,6 +119,15 @@ def run_grid(cells: Sequence[Cell], launcher: str, workdir: Path) -> list[Result
         print_results(plan, session)
     deploy_recommended(first, study, session.console, session.say)
     return [plan.results.get(key) for key in plan.requested_keys]
+
+
+def _say_what_is_left(plan: Plan, session: Session) -> None:
+    """Print how many trials of a grid are done, and how many will run."""
+    done, count = len(plan.trials) - len(plan.todo), len(plan.trials)
+    trials = "1 trial" if count == 1 else f"{count} trials"
+    trained_only = sum(planned.is_trained for planned in plan.todo)
+    note = f" ({trained_only} of them trained already: only scored)" if trained_only else ""
+    session.say(f"study {plan.study.name}: {trials}, {done} done, {len(plan.todo)} to run{note}")
 
 
 def _skip_unfit(plan: Plan, launcher: str) -> None:

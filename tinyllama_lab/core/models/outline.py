@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from tinyllama_lab.config.schema import ModelConfig, QuantConfig
@@ -29,6 +29,7 @@ from tinyllama_lab.study.files import user_path
 
 _FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _IF_USED = ("intermediate_size",)  # by the architecture
+_NULLABLE = (*_IF_USED, "num_key_value_heads", "head_dim")  # null is what follows from others
 _BLOCK = 64  # weights that share a float32 scale in 4 bits
 _SCALES = 256  # scales that share a float32 scale themselves, with `quant.double`
 
@@ -43,9 +44,16 @@ class Outline:
 
     @classmethod
     def of(cls, config: Any, quant: QuantConfig, dtype: torch.dtype) -> Outline:
-        """Return the outline of the model that `read_config` describes."""
-        with torch.device("meta"):
-            model = _from_config(config, dtype)
+        """Return the outline of the model that `read_config` describes.
+
+        Raises:
+            ModelError: the configuration contradicts itself.
+        """
+        try:
+            with torch.device("meta"):
+                model = _from_config(config, dtype)
+        except Exception as error:  # whatever the code of an architecture raises
+            raise _unknown(Path(config.name_or_path) / "config.json", error) from error
         vars(model)["is_quantized"] = quant.kind != "none"  # as on a model that was loaded so
         return cls(model, quant, dtype)
 
@@ -131,15 +139,13 @@ def read_config(model: ModelConfig) -> Any:
     if not isinstance(raw, dict) or "model_type" not in raw:
         raise _missing(file, "model_type")
     check_task(folder)
+    written = {**raw, **(raw.get("text_config") or {})}
+    _check_sizes(file, written)
     try:
         config = AutoConfig.from_pretrained(folder, **TRUSTED_FILES).get_text_config()
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            f"{file} must describe a model that transformers knows, got an error "
-            f"({shown(str(error), 200)}); choose another model"
-        ) from error
+    except Exception as error:  # the checks of an architecture raise errors of many classes
+        raise _unknown(file, error) from error
     # transformers fills in the sizes of another model without a word
-    written = {**raw, **(raw.get("text_config") or {})}
     names = getattr(config, "attribute_map", {})
     needed = [
         *_FIELDS,
@@ -149,6 +155,38 @@ def read_config(model: ModelConfig) -> Any:
         if names.get(name, name) not in written and name not in written:
             raise _missing(file, names.get(name, name))
     return config
+
+
+def _check_sizes(file: Path, written: dict[str, Any]) -> None:
+    """Refuse a size that is no size, under its name in this architecture.
+
+    Raises:
+        ModelError: with the field, its value and the file.
+    """
+    known = CONFIG_MAPPING.get(str(written["model_type"]))
+    aliases = getattr(known, "attribute_map", {})
+    for name in (*_FIELDS, *_NULLABLE):
+        for field in {name, aliases.get(name, name)} & written.keys():
+            value = written[field]
+            is_size = type(value) is int and value > 0  # `True` is an int as well
+            if not is_size and not (value is None and name in _NULLABLE):
+                raise ModelError(
+                    f"the field {field} of config.json must be a positive integer, got "
+                    f"{shown(json.dumps(value))} in {file}; correct it, or choose another model"
+                )
+    heads, shared = written.get("num_attention_heads"), written.get("num_key_value_heads")
+    if heads and shared and heads % shared:
+        raise ModelError(
+            f"num_attention_heads of config.json must be a multiple of num_key_value_heads, got "
+            f"{heads} and {shared} in {file}; correct them, or choose another model"
+        )
+
+
+def _unknown(file: Path, error: Exception) -> ModelError:
+    return ModelError(
+        f"{file} must describe a model that transformers knows, got an error "
+        f"({shown(' '.join(str(error).split()), 200)}); correct it, or choose another model"
+    )
 
 
 def _missing(file: Path, field: str) -> ModelError:

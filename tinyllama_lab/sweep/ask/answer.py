@@ -12,7 +12,8 @@ from typing import Any
 
 from tinyllama_lab.config.axes import flatten, shown_name
 from tinyllama_lab.config.command import report_command
-from tinyllama_lab.config.schema import Config, resolved
+from tinyllama_lab.config.resolve import resolved
+from tinyllama_lab.config.schema import Config
 from tinyllama_lab.data.sources import load_held_out, load_rows
 from tinyllama_lab.data.splits.local_split import load_split
 from tinyllama_lab.data.splits.splits import Split

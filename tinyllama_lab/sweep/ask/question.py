@@ -12,7 +12,8 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from tinyllama_lab.config.axes import flatten_shown, heldout_keys, show, swept_keys
-from tinyllama_lab.config.schema import Config, resolved
+from tinyllama_lab.config.resolve import resolved
+from tinyllama_lab.config.schema import Config
 from tinyllama_lab.config.validate import not_a_choice
 from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.report.analysis.contrasts import in_order, name_of, value_pairs

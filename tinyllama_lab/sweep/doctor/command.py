@@ -21,6 +21,8 @@ from tinyllama_lab.sweep.check import (
 )
 from tinyllama_lab.sweep.doctor import machine, places
 from tinyllama_lab.sweep.doctor.finding import Finding, Level
+from tinyllama_lab.sweep.doctor.fit import fit
+from tinyllama_lab.sweep.forecast.process import Forecasting
 from tinyllama_lab.sweep.plan import DATA_SETTINGS
 
 USAGE = "python -m tinyllama_lab doctor [settings]"
@@ -28,8 +30,9 @@ HELP = f"""\
 {USAGE}
 
 Checks what a sweep with these settings needs: versions, devices, quantization, disk and file
-system, the database, the hub, model and data. Each line is ok, a warning or a problem, with what
-to do about it. Trains and downloads nothing. The exit status is 1 if there is a problem."""
+system, the database, the hub, model and data; and whether its trials fit. Each line is ok, a
+warning or a problem, with what to do about it. Trains and downloads no weights. The exit status is
+1 if there is a problem."""
 _STYLES = {Level.OK: "green", Level.WARNING: "yellow", Level.PROBLEM: "bold red"}
 _CHANGING = (*DATA_SETTINGS, "quant", "hardware", "tracking", "train.precision")
 
@@ -48,7 +51,7 @@ def doctor(arguments: Sequence[str]) -> int:
         raise ConfigError([f"doctor takes only settings, got {options[0]}; type {USAGE}"])
     configs = _configs(typed)
     console, worst = Console(width=line_width()), Level.OK
-    for finding in _findings(configs, Path.cwd()):
+    for finding in _findings(configs, typed, Path.cwd()):
         if finding.level is Level.PROBLEM or worst is Level.OK:
             worst = finding.level
         _print(console, finding)
@@ -81,10 +84,10 @@ def _configs(typed: Sequence[str]) -> list[Config]:
     return [load(composed(overrides).raw) for overrides in product(*choices)]
 
 
-def _findings(configs: Sequence[Config], workdir: Path) -> Iterator[Finding]:
+def _findings(configs: Sequence[Config], typed: Sequence[str], workdir: Path) -> Iterator[Finding]:
     config = configs[0]
     sweeps = workdir / user_path(config.sweeps_dir)
-    probe = machine.Probe()  # imports torch meanwhile
+    probe, process = machine.Probe(), Forecasting()  # both import torch meanwhile
     try:
         yield from machine.packages()
         yield machine.load()
@@ -100,9 +103,10 @@ def _findings(configs: Sequence[Config], workdir: Path) -> Iterator[Finding]:
         for each in configs:
             yield from (f for f in machine.devices(answer, each) if f not in seen)
             seen |= set(machine.devices(answer, each))
-        # a check of the whole command, such as whether it fits into memory, belongs here
+        yield from fit(typed, workdir, process)
     finally:
         probe.close()
+        process.__exit__()
 
 
 def _print(console: Console, finding: Finding) -> None:

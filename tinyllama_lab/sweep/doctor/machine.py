@@ -126,7 +126,8 @@ def _gpu(answer: Mapping[str, Any], config: Config) -> Finding:
     if answer["gpus"]:
         names = (f"{gpu['name']} ({gpu['memory_mib']:,} MiB)" for gpu in answer["gpus"])
         return ok("gpu", ", ".join(names))
-    if config.hardware.device == "cuda":
+    # a card is only planned for, which the check of the whole command says
+    if config.hardware.device == "cuda" and config.hardware.card.name is None:
         return problem(
             "gpu",
             "hardware.device=cuda needs a CUDA GPU, and PyTorch sees none; set "

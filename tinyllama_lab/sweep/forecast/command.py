@@ -16,10 +16,10 @@ from tinyllama_lab.sweep.forecast.forecast import forecast
 from tinyllama_lab.sweep.forecast.process import Forecasting
 from tinyllama_lab.sweep.forecast.table import print_forecast
 from tinyllama_lab.sweep.plan import check_cells, make_plan
-from tinyllama_lab.sweep.settings.day import dated
+from tinyllama_lab.sweep.settings.day import dated_if_here
+from tinyllama_lab.sweep.settings.flags import DRY_RUN
 from tinyllama_lab.sweep.settings.questions import expand
 
-DRY_RUN = "--dry-run"
 USAGE = "python -m tinyllama_lab plan -m lora.r=8,16 hardware=t4"
 HELP = f"""\
 {USAGE}
@@ -39,7 +39,7 @@ def show_plan(arguments: Sequence[str]) -> int:
     if any(word in ("-h", "--help") for word in arguments):
         print(HELP)
         return 0
-    typed = [text for text in arguments if text not in (*MULTIRUN, DRY_RUN)]
+    typed = [text for text in arguments if text not in MULTIRUN]
     if options := [text for text in typed if text.startswith("-")]:
         raise ConfigError([f"plan takes only settings, got the option {options[0]}; type {USAGE}"])
     # first, because it imports for seconds
@@ -48,7 +48,7 @@ def show_plan(arguments: Sequence[str]) -> int:
         grid = expand(grid_cells(typed))
         configs = check_cells(grid.cells, weights=False)
         study = StudyFolder(Path(configs[0].sweeps_dir), configs[0].study)
-        plan = make_plan(grid.cells, dated(configs, study), study)
+        plan = make_plan(grid.cells, dated_if_here(configs, study), study)
         console = Console(width=line_width(), highlight=False)
         done = len(plan.trials) - len(plan.todo)
         console.print(

@@ -58,7 +58,7 @@ class TrialForecast:
         needs, has = self.facts["needs_mib"], max(0.0, self.facts["free_mib"])
         return (
             f"does not fit: {self.facts['phase']} needs {needs:,.0f} MiB beside the base, and "
-            f"there are {has:,.0f}; {way}"
+            f"{has:,.0f} MiB are free; {way}"
         )
 
 

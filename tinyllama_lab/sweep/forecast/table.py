@@ -94,7 +94,7 @@ def _machine(forecast: Forecast) -> str:
     if card.name is None:
         return f"this one, {room}"
     beside = f" beside {machine['overhead_mib']:,.0f} MiB of context" * machine["is_gpu"]
-    unmeasured = "" if card.measured else f"; not yet measured on a {card.name}"
+    unmeasured = "" if card.measured else "; not yet measured on this card"
     return f"{card.name}, {room}{beside}{unmeasured}"
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tinyllama_lab.config.axes import folder_name
-from tinyllama_lab.config.schema import Config, resolved
+from tinyllama_lab.config.resolve import resolved
+from tinyllama_lab.config.schema import Config
 from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.sweep.plan import Plan, Planned, plan_trial
 from tinyllama_lab.sweep.search.settings import SearchConfig

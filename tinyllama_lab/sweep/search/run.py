@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from tinyllama_lab.config import schema as config
 from tinyllama_lab.config.axes import comparability_notes, flatten, heldout_keys, text_keys
-from tinyllama_lab.config.schema import Config, resolved
+from tinyllama_lab.config.resolve import resolved
+from tinyllama_lab.config.schema import Config
 from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.metrics import BITS_PER_BYTE, HELDOUT_LOSS, METRICS
 from tinyllama_lab.study.study import StudyFolder
@@ -82,26 +83,29 @@ def run_search(
     session, identify = Session.begin(launcher, workdir), Identifier()
     checked = partial(_checked, compose, identify)
     space, settings, goals, first = check_search(typed, node, checked, compose, launcher)
-    check_runs_here(first.hardware)
-    if first.plan.skip_unfit:
-        raise ConfigError(
-            ["plan.skip_unfit=true needs a grid, got a search, whose trials are not known yet"]
-        )
     study = StudyFolder(workdir / first.sweeps_dir, first.study)
     with session.locked(study):
         (first,), checked = dated([first], study), partial(_dated, checked, study)
         begun_with = _begun_with(space, goals, settings, first)
         sampler = TrialSampler(study, space, goals, settings, begun_with)
-        plan = Plan(study, first, [], space.swept(), announcement([first]))
-        plan.chooses_by_loss = goals.objectives == (HELDOUT_LOSS,) and not goals.constraints
+        plan = _empty_plan(study, first, space, goals, settings)
         ask_tell = AskTell(plan, space, goals, sampler, settings, checked)
         ask_tell.command = _shown_command([*hydra_overrides, *typed])
         # only now: the trials that `AskTell` resumes may have added to the notes of `identify`
-        notes = comparability_notes(plan.swept) + _rung_notes(settings, first)
-        plan.notes += identify.notes + notes
+        plan.notes = identify.notes + plan.notes
         outcome = _finish(plan, session, ask_tell, settings.storage)
     deploy_recommended(first, study, session.console, session.say)
     return outcome
+
+
+def _empty_plan(
+    study: StudyFolder, first: Config, space: Space, goals: Goals, settings: SearchConfig
+) -> Plan:
+    """Return the plan of a search, which gets its trials while it runs."""
+    plan = Plan(study, first, [], space.swept(), announcement([first]))
+    plan.notes = comparability_notes(plan.swept) + _rung_notes(settings, first)
+    plan.chooses_by_loss = goals.objectives == (HELDOUT_LOSS,) and not goals.constraints
+    return plan
 
 
 def _finish(plan: Plan, session: Session, ask_tell: AskTell, storage: str | None) -> Outcome:
@@ -174,11 +178,7 @@ def check_search(
         problems += error.problems
     if settings is None or first is None:
         raise ConfigError(problems)
-    # from an experiment file; `_not_searchable` reports a typed one
-    if first.tune and not any(text.startswith("tune=") for text in space.shared):
-        problems.append(
-            "tune has no effect in a search, which finds its own values; add tune=null"
-        )
+    problems += _only_of_a_grid(space, first)
     cuda = has_cuda() and first.hardware.device != "cpu"
     logged = logged_metrics(resolved(first), cuda)
     if any(axis.key.startswith("quant") for axis in space.axes):
@@ -187,7 +187,20 @@ def check_search(
     problems += [*more, *_unfit(space, settings, goals)]
     if problems:
         raise ConfigError(problems)
+    check_runs_here(first.hardware)
     return space, settings, goals, first
+
+
+def _only_of_a_grid(space: Space, first: Config) -> Iterator[str]:
+    """Yield the problems of settings that need all trials of a command beforehand."""
+    # from an experiment file; `_not_searchable` reports a typed one
+    if first.tune and not any(text.startswith("tune=") for text in space.shared):
+        yield "tune has no effect in a search, which finds its own values; add tune=null"
+    if first.plan.skip_unfit:
+        yield (
+            "plan.skip_unfit=true needs a grid, got a search, whose trials are not known yet; "
+            "leave it out"
+        )
 
 
 def _not_searchable(space: Space, compose: Compose, launcher: str) -> list[str]:

@@ -36,6 +36,20 @@ def dated(configs: Sequence[Config], study: StudyFolder) -> list[Config]:
     return [_at(config, day) if _is_undated(config) else config for config in configs]
 
 
+def dated_if_here(configs: Sequence[Config], study: StudyFolder) -> list[Config]:
+    """Return the same as `dated`, but leave configurations whose model is not downloaded yet.
+
+    The date then stays unknown, but nothing is fetched to find out.
+    """
+    return [config if _is_away(config.model) else dated([config], study)[0] for config in configs]
+
+
+def _is_away(model: ModelConfig) -> bool:
+    if model.source != "hub":
+        return False
+    return hub.cached_snapshot(str(model.repo), str(model.identity), "model") is None
+
+
 def _at(config: Config, day: str | None) -> Config:
     return replace(config, data=replace(config.data, date=day))
 

@@ -17,6 +17,7 @@ from tinyllama_lab.config.validate import nearest
 from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.sweep.settings.compose import SEARCH_PATH, folders_in
 
+DRY_RUN = "--dry-run"  # plans the command and starts nothing; Hydra never sees it
 _FOLDER_FLAGS = ("--config-dir", "-cd")
 
 

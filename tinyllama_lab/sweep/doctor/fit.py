@@ -1,0 +1,54 @@
+"""Checks a whole command: whether a sweep would refuse it, and whether its trials fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tinyllama_lab.errors import ConfigError, LabError
+from tinyllama_lab.report.text import counted
+from tinyllama_lab.study.study import StudyFolder
+from tinyllama_lab.sweep.ask.cost import duration
+from tinyllama_lab.sweep.check import grid_cells
+from tinyllama_lab.sweep.doctor.finding import Finding, ok, problem
+from tinyllama_lab.sweep.execution.slots import check_runs_here
+from tinyllama_lab.sweep.forecast.forecast import Forecast, forecast
+from tinyllama_lab.sweep.forecast.process import Forecasting
+from tinyllama_lab.sweep.plan import check_cells, make_plan
+from tinyllama_lab.sweep.settings.day import dated_if_here
+from tinyllama_lab.sweep.settings.questions import expand
+
+
+def fit(typed: Sequence[str], workdir: Path, process: Forecasting) -> Iterator[Finding]:
+    """Say whether the trials of a command fit, or why a sweep would refuse it."""
+    try:
+        cells = grid_cells(typed)
+    except ConfigError as error:  # a search
+        yield ok("plan", f"unknown: {error.problems[0]}")
+        return
+    try:
+        grid = expand(cells)
+        configs = check_cells(grid.cells)
+        check_runs_here(configs[0].hardware)
+        study = StudyFolder(workdir / configs[0].sweeps_dir, configs[0].study)
+        plan = make_plan(grid.cells, dated_if_here(configs, study), study)
+        found = forecast(plan, process)
+    except LabError as error:
+        yield from (problem("plan", text) for text in error.problems)
+        return
+    if found is None:
+        yield ok("plan", f"{counted(len(plan.trials), 'trial')}, all done")
+    elif found.unfit and not found.config.plan.skip_unfit:
+        first = found.unfit[0]
+        yield problem("plan", f"{first.planned.label or 'the trial'} {first.why}")
+    else:
+        yield ok("plan", _summary(found))
+
+
+def _summary(found: Forecast) -> str:
+    peak = max(max(pack["train_peak_mib"], pack["infer_peak_mib"]) for pack in found.packs)
+    trials, packs = counted(len(found.counted), "trial"), counted(len(found.packs), "pack")
+    seconds = found.seconds
+    time = "time not known yet" if seconds is None else f"about {duration(seconds)}"
+    free = found.reply["machine"]["free_mib"] / 1024
+    return f"{trials} in {packs} fit, up to {peak:,.0f} MiB of {free:.1f} GiB, {time}"
