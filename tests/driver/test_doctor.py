@@ -9,7 +9,6 @@ import socket
 import sqlite3
 import subprocess
 import sys
-import threading
 import webbrowser
 from collections.abc import Iterable
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -309,7 +308,6 @@ def test_the_hub_is_reachable_or_the_cache_alone_is_used(
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     with socket.create_server(("127.0.0.1", 0)) as listening:
         address = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        threading.Thread(target=listening.accept, daemon=True).start()
         monkeypatch.setenv("HF_ENDPOINT", address)
         found = lines(places.hub_access())
     assert [finding.level for finding in found.values()] == [Level.OK] * 3

@@ -14,7 +14,7 @@ import yaml
 from tests import grid, searches
 from tests.fake_worker import FakeWorkers
 from tinyllama_lab.config import CONF_DIR
-from tinyllama_lab.config.schema import Config
+from tinyllama_lab.config.schema import NO_CARD, Config
 from tinyllama_lab.config.validate import known_keys
 from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.study.trial import trial_key
@@ -252,8 +252,10 @@ ALWAYS = {
     *("train.max_steps", "train.batch_size", "train.lr", "train.schedule", "train.warmup_ratio"),
     *("train.weight_decay", "train.clip_norm", "train.max_loss", "train.precision"),
     *("train.deterministic", "eval.generations", "eval.latency_tokens", "eval.harness"),
-    *("profile", "study", "sweeps_dir", "retry", "confirm", "eval.rows"),
-    *("tracking.enabled", "hardware.device"),
+    *("profile", "study", "sweeps_dir", "retry", "confirm", "deploy", "eval.rows"),
+    *("tracking.enabled", "hardware.device", "plan.skip_unfit"),
+    # all or none of these, which the schema checks
+    *(f"hardware.card.{name}" for name in vars(NO_CARD)),
     *("hardware.threads", "hardware.micro_batch_tokens", "hardware.gradient_checkpointing"),
     *("hardware.checkpoint_every_s", "eval.general", "seeds", "tune", "tune_budget"),
     "tune_values",  # without `tune` refused where grids are expanded
