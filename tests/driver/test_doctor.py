@@ -111,7 +111,7 @@ def test_a_card_that_is_only_planned_for_is_no_missing_gpu() -> None:
     [
         (["quant=nf5"], "nf5"),
         (["data.m=3"], "data.m is not a setting"),
-        (["--json"], "doctor takes only settings, got --json"),
+        (["--json"], "doctor takes only settings, got the option --json"),
     ],
 )
 def test_a_wrong_setting_is_refused_as_in_a_sweep(words: list[str], message: str) -> None:

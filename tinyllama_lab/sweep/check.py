@@ -52,7 +52,6 @@ from tinyllama_lab.sweep.settings.writable import output_problems
 
 PLUGINS = {"hydra/launcher": LAUNCHERS, "hydra/sweeper": ("basic", "optuna")}
 _KEYS = known_keys(config.Config)
-MULTIRUN = ("-m", "--multirun")
 MAX_TRIALS = 10_000  # of one command; more is a typing error, such as range(1,1e9)
 
 

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from tinyllama_lab.config.schema import Config
-from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.study.study import StudyFolder
-from tinyllama_lab.sweep.check import MULTIRUN, check_command, composed, single_values
+from tinyllama_lab.sweep.check import check_command, composed, single_values
 from tinyllama_lab.sweep.launchers.local import worker_environment
 from tinyllama_lab.sweep.plan import DATA_SETTINGS, check_cells
 from tinyllama_lab.sweep.settings.day import dated
+from tinyllama_lab.sweep.settings.flags import settings_only
 
 USAGE = "python -m tinyllama_lab data data=file data.path=my.jsonl"
 HELP = f"""\
@@ -40,9 +40,7 @@ def show_data(arguments: Sequence[str]) -> int:
     if any(word in ("-h", "--help") for word in arguments):
         print(HELP)
         return 0
-    typed = [text for text in arguments if text not in MULTIRUN]
-    if options := [text for text in typed if text.startswith("-")]:
-        raise ConfigError([f"data takes only settings, got the option {options[0]}; type {USAGE}"])
+    typed = settings_only("data", arguments, USAGE)
     # with -m, because this command always takes lists
     check_command(["-m", *typed])
     values = single_values(typed)

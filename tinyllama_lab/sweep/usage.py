@@ -6,9 +6,9 @@ import math
 import textwrap
 from collections.abc import Sequence
 
-from tinyllama_lab.sweep.check import MULTIRUN, single_values
+from tinyllama_lab.sweep.check import single_values
 from tinyllama_lab.sweep.settings.compose import groups
-from tinyllama_lab.sweep.settings.flags import read_flags
+from tinyllama_lab.sweep.settings.flags import MULTIRUN, read_flags
 
 _HEAD = """\
 tinyllama_lab runs sweeps of LoRA and QLoRA fine-tunes of a small language model,

@@ -15,7 +15,7 @@ from tinyllama_lab.config.schema import HardwareConfig, LoraConfig, Science
 from tinyllama_lab.config.variants import VARIANTS
 from tinyllama_lab.core.context import WorkerContext, gpu_tokens
 from tinyllama_lab.core.engines.base import ADAPTER_BYTES, Engine, WorkItem
-from tinyllama_lab.core.engines.packed.engine import PackedEngine
+from tinyllama_lab.core.engines.packed.engine import CACHE_SHARE, PackedEngine
 from tinyllama_lab.core.engines.packed.llama import why_not_packed
 from tinyllama_lab.core.engines.peft import PeftEngine
 from tinyllama_lab.core.forecast.machine import Machine
@@ -27,8 +27,6 @@ from tinyllama_lab.core.models.outline import Outline
 from tinyllama_lab.core.training.memory import Planner
 from tinyllama_lab.core.training.micro_batch import MicroBatchSize
 from tinyllama_lab.metrics import MIB
-
-_CACHE_SHARE = 0.25  # of a GPU's free memory, for keys and values; as `PackedEngine` takes it
 
 
 @dataclass(frozen=True)
@@ -244,7 +242,7 @@ class Forecaster:
     def _new_engine(self, science: Science) -> Engine[Any]:
         if not self.is_packed(science.lora):
             return PeftEngine(self._base)
-        cache = max(0, int(_CACHE_SHARE * self.room_mib)) if self._machine.is_gpu else None
+        cache = max(0, int(CACHE_SHARE * self.room_mib)) if self._machine.is_gpu else None
         mixed = not science.train.deterministic
         return PackedEngine(self._base, mixed, triton=False, cache_mib=cache)
 

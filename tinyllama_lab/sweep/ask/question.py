@@ -23,12 +23,12 @@ from tinyllama_lab.study.trial import canonical_json
 from tinyllama_lab.sweep.check import check_command, grid_cells
 from tinyllama_lab.sweep.plan import check_cells
 from tinyllama_lab.sweep.settings.compose import Cell
+from tinyllama_lab.sweep.settings.flags import settings_only
 from tinyllama_lab.sweep.settings.questions import Tune, expand
 
 USAGE = f'python -m tinyllama_lab ask "lora.r=8,16" margin={MARGIN:g}'
 POWERS = (0.5, 0.99)  # the least and the largest power that can be asked for
 RUN = ("ask", "true", "false")
-_MANY = ("-m", "--multirun")  # ask is always about a grid
 _ARGUMENTS = ("margin=", "power=", "run=")
 _NEXT_SETTING = re.compile(r"\s+(?=[\w./+~]+=)")
 
@@ -50,11 +50,7 @@ class AskRequest:
             ConfigError: with all problems of both.
         """
         texts = [_plain(text) for word in words for text in _split_words(word)]
-        texts = [text for text in texts if text not in _MANY]
-        if options := [text for text in texts if text.startswith("-")]:
-            raise ConfigError(
-                [f"ask takes only settings, got the option {options[0]}; type {USAGE}"]
-            )
+        texts = settings_only("ask", texts, USAGE)  # it is always about a grid
         arguments = dict(text.split("=", 1) for text in texts if text.startswith(_ARGUMENTS))
         settings = [text for text in texts if not text.startswith(_ARGUMENTS)]
         margin, power = _number(arguments, "margin", MARGIN), _number(arguments, "power", POWER)

@@ -14,7 +14,6 @@ from tinyllama_lab.errors import ConfigError, shown
 from tinyllama_lab.output import line_width
 from tinyllama_lab.study.files import user_path
 from tinyllama_lab.sweep.check import (
-    MULTIRUN,
     composed,
     problems_of_settings,
     single_values,
@@ -24,6 +23,7 @@ from tinyllama_lab.sweep.doctor.finding import Finding, Level
 from tinyllama_lab.sweep.doctor.fit import fit
 from tinyllama_lab.sweep.forecast.process import Forecasting
 from tinyllama_lab.sweep.plan import DATA_SETTINGS
+from tinyllama_lab.sweep.settings.flags import settings_only
 
 USAGE = "python -m tinyllama_lab doctor [settings]"
 HELP = f"""\
@@ -46,9 +46,7 @@ def doctor(arguments: Sequence[str]) -> int:
     if any(word in ("-h", "--help") for word in arguments):
         print(HELP)
         return 0
-    typed = [text for text in arguments if text not in MULTIRUN]
-    if options := [text for text in typed if text.startswith("-")]:
-        raise ConfigError([f"doctor takes only settings, got {options[0]}; type {USAGE}"])
+    typed = settings_only("doctor", arguments, USAGE)
     configs = _configs(typed)
     console, worst = Console(width=line_width()), Level.OK
     for finding in _findings(configs, typed, Path.cwd()):

@@ -7,16 +7,12 @@ from pathlib import Path
 
 from tinyllama_lab.errors import ConfigError, LabError
 from tinyllama_lab.report.text import counted
-from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.sweep.ask.cost import duration
 from tinyllama_lab.sweep.check import grid_cells
 from tinyllama_lab.sweep.doctor.finding import Finding, ok, problem
 from tinyllama_lab.sweep.execution.slots import check_runs_here
-from tinyllama_lab.sweep.forecast.forecast import Forecast, forecast
+from tinyllama_lab.sweep.forecast.forecast import Forecast, forecast, plan_of
 from tinyllama_lab.sweep.forecast.process import Forecasting
-from tinyllama_lab.sweep.plan import check_cells, make_plan
-from tinyllama_lab.sweep.settings.day import dated_if_here
-from tinyllama_lab.sweep.settings.questions import expand
 
 
 def fit(typed: Sequence[str], workdir: Path, process: Forecasting) -> Iterator[Finding]:
@@ -27,11 +23,8 @@ def fit(typed: Sequence[str], workdir: Path, process: Forecasting) -> Iterator[F
         yield ok("plan", f"unknown: {error.problems[0]}")
         return
     try:
-        grid = expand(cells)
-        configs = check_cells(grid.cells)
-        check_runs_here(configs[0].hardware)
-        study = StudyFolder(workdir / configs[0].sweeps_dir, configs[0].study)
-        plan = make_plan(grid.cells, dated_if_here(configs, study), study)
+        plan = plan_of(cells, workdir)
+        check_runs_here(plan.config.hardware)
         found = forecast(plan, process)
     except LabError as error:
         yield from (problem("plan", text) for text in error.problems)

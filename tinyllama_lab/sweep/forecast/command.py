@@ -7,18 +7,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.output import line_width
 from tinyllama_lab.report.text import counted
-from tinyllama_lab.study.study import StudyFolder
-from tinyllama_lab.sweep.check import MULTIRUN, check_command, grid_cells
-from tinyllama_lab.sweep.forecast.forecast import forecast
+from tinyllama_lab.sweep.check import check_command, grid_cells
+from tinyllama_lab.sweep.forecast.forecast import forecast, plan_of
 from tinyllama_lab.sweep.forecast.process import Forecasting
 from tinyllama_lab.sweep.forecast.table import print_forecast
-from tinyllama_lab.sweep.plan import check_cells, make_plan
-from tinyllama_lab.sweep.settings.day import dated_if_here
-from tinyllama_lab.sweep.settings.flags import DRY_RUN
-from tinyllama_lab.sweep.settings.questions import expand
+from tinyllama_lab.sweep.settings.flags import DRY_RUN, settings_only
 
 USAGE = "python -m tinyllama_lab plan -m lora.r=8,16 hardware=t4"
 HELP = f"""\
@@ -39,20 +34,15 @@ def show_plan(arguments: Sequence[str]) -> int:
     if any(word in ("-h", "--help") for word in arguments):
         print(HELP)
         return 0
-    typed = [text for text in arguments if text not in MULTIRUN]
-    if options := [text for text in typed if text.startswith("-")]:
-        raise ConfigError([f"plan takes only settings, got the option {options[0]}; type {USAGE}"])
+    typed = settings_only("plan", arguments, USAGE)
     # first, because it imports for seconds
     with Forecasting() as process:
         check_command(["-m", *typed])
-        grid = expand(grid_cells(typed))
-        configs = check_cells(grid.cells, weights=False)
-        study = StudyFolder(Path(configs[0].sweeps_dir), configs[0].study)
-        plan = make_plan(grid.cells, dated_if_here(configs, study), study)
+        plan = plan_of(grid_cells(typed), Path(), weights=False)
         console = Console(width=line_width(), highlight=False)
         done = len(plan.trials) - len(plan.todo)
         console.print(
-            f"study {study.name}: {counted(len(plan.trials), 'trial')}, {done} done, "
+            f"study {plan.study.name}: {counted(len(plan.trials), 'trial')}, {done} done, "
             f"{len(plan.todo)} to run",
             soft_wrap=True,
             markup=False,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from tinyllama_lab.config.schema import Config, HardwareConfig, Science, part
@@ -12,12 +13,16 @@ from tinyllama_lab.data.sources import load_held_out, load_rows
 from tinyllama_lab.data.splits.local_split import load_split
 from tinyllama_lab.data.splits.splits import Split
 from tinyllama_lab.report.analysis.earlier import studies_below
+from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.sweep.ask.cost import KnownCosts, estimated_tokens, known_costs
 from tinyllama_lab.sweep.execution.slots import SlotPool, find_slots
 from tinyllama_lab.sweep.forecast.minutes import speed_of
 from tinyllama_lab.sweep.forecast.process import Estimate, Forecasting
-from tinyllama_lab.sweep.plan import GUESSED_ROWS, Plan, Planned
+from tinyllama_lab.sweep.plan import GUESSED_ROWS, Plan, Planned, check_cells, make_plan
+from tinyllama_lab.sweep.settings.compose import Cell
+from tinyllama_lab.sweep.settings.day import dated_if_here
 from tinyllama_lab.sweep.settings.profile import gpu_count
+from tinyllama_lab.sweep.settings.questions import expand
 
 TRIAL_MIB = 0.6  # of a trial's folder besides its adapter: losses, log, picture, tokenizer
 _GUESSED = (
@@ -108,6 +113,23 @@ class Forecast:
         """MiB that stay on the disk, and checkpoints while trials run."""
         adapters = math.fsum(trial.facts["adapter_mib"] for trial in self.counted)
         return (1 + CHECKPOINT_MIB) * adapters + TRIAL_MIB * len(self.counted)
+
+
+def plan_of(cells: Sequence[Cell], workdir: Path, weights: bool = True) -> Plan:
+    """Return the plan of a grid, for which nothing is downloaded.
+
+    Args:
+        cells: the grid, before seeds and tuning.
+        workdir: the folder of the command.
+        weights: whether the weights of its models must be available.
+
+    Raises:
+        ConfigError: with the problems of all cells.
+    """
+    grid = expand(cells)
+    configs = check_cells(grid.cells, weights=weights)
+    study = StudyFolder(workdir / configs[0].sweeps_dir, configs[0].study)
+    return make_plan(grid.cells, dated_if_here(configs, study), study)
 
 
 def forecast(plan: Plan, process: Forecasting, launcher: str = "local") -> Forecast | None:

@@ -17,8 +17,23 @@ from tinyllama_lab.config.validate import nearest
 from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.sweep.settings.compose import SEARCH_PATH, folders_in
 
+MULTIRUN = ("-m", "--multirun")
 DRY_RUN = "--dry-run"  # plans the command and starts nothing; Hydra never sees it
 _FOLDER_FLAGS = ("--config-dir", "-cd")
+
+
+def settings_only(command: str, arguments: Sequence[str], usage: str) -> list[str]:
+    """Return the settings of a command that takes no options but `-m`, which it leaves out.
+
+    Raises:
+        ConfigError: there is another option.
+    """
+    typed = [text for text in arguments if text not in MULTIRUN]
+    if options := [text for text in typed if text.startswith("-")]:
+        raise ConfigError(
+            [f"{command} takes only settings, got the option {options[0]}; type {usage}"]
+        )
+    return typed
 
 
 def read_flags(arguments: Sequence[str]) -> argparse.Namespace:

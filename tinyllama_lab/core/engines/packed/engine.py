@@ -23,6 +23,8 @@ from tinyllama_lab.core.models import lora
 from tinyllama_lab.core.models.loading import Base
 from tinyllama_lab.metrics import MIB
 
+CACHE_SHARE = 0.25  # of a GPU's free memory, for keys and values in generation
+
 
 class PackedEngine:
     """Runs any number of adapters in the same forward and backward pass over one frozen base."""
@@ -167,7 +169,7 @@ def _cache_mib(device: torch.device) -> int:
     if device.type == "cpu":
         return 512  # about 70 generations of SmolLM2
     free, _ = torch.cuda.mem_get_info(device)
-    return int(free / 4 / MIB)
+    return int(CACHE_SHARE * free / MIB)
 
 
 def _shapes(initial: dict[str, torch.Tensor]) -> dict[str, tuple[int, int]]:
