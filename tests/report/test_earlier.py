@@ -22,7 +22,6 @@ from tinyllama_lab.report.analysis.luck import (
 from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.study.study import StudyFolder
 
-pytestmark = pytest.mark.usefixtures("little_garbage")
 RANKS = {"lora.r": [4, 8, 16]}
 
 

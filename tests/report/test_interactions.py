@@ -19,7 +19,6 @@ from tinyllama_lab.report.claims import EVERY_PAIR, Claim, effect
 from tinyllama_lab.report.page import page
 from tinyllama_lab.study.study import StudyFolder
 
-pytestmark = pytest.mark.usefixtures("little_garbage")
 GRID = {"lora.r": [4, 8], "data.n": [32, 64]}
 CALM = {"seed_noise": 0.003, "example_noise": 0.03}
 

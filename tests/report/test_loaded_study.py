@@ -20,7 +20,6 @@ from tinyllama_lab.study.events import EventLog
 from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.study.trial import State
 
-pytestmark = pytest.mark.usefixtures("little_garbage")
 RANKS, ROWS, SEEDS = [4, 16], [250, 1000], (0, 1, 2)
 
 

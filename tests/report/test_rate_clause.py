@@ -13,8 +13,6 @@ from tinyllama_lab.report.analysis.comparison import make_comparison
 from tinyllama_lab.report.analysis.contrasts import main_effects
 from tinyllama_lab.report.analysis.trial_rows import read_study
 
-pytestmark = pytest.mark.usefixtures("little_garbage")
-
 
 @pytest.mark.parametrize(
     ("key", "values"), [("train.epochs", [1, 2]), ("train.max_steps", [9, 18]), ("lora.r", [2, 4])]

@@ -19,7 +19,6 @@ from tinyllama_lab.report.analysis.scaling import NEITHER, Scaling, _monotone, _
 from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.report.page.figures_scaling import heat_map, level_curve
 
-pytestmark = pytest.mark.usefixtures("little_garbage")
 ROWS = [32, 64, 128, 256]
 CALM = {"seed_noise": 0.002, "example_noise": 0.02}
 

@@ -23,7 +23,6 @@ from tinyllama_lab.report.analysis.statistics import (
     compare,
 )
 
-pytestmark = pytest.mark.usefixtures("little_garbage")
 DRAWS = 1000
 SLACK = 0.0125  # of a share of 0.05, drawn so often: almost two standard errors
 

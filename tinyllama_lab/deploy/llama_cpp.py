@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,15 +76,20 @@ def quantize_file(source: Path, target: Path, file_type: int) -> None:
         raise ModelError(f"llama.cpp cannot quantize {source}; choose other types=")
 
 
+class _Token(NamedTuple):
+    """A token that is read next."""
+
+    token: int
+    position: int
+    row: int
+    is_wanted: bool  # whether the logits after it are kept
+
+
 class GgufModel:
-    """A GGUF file in llama.cpp, with one sequence of tokens at a time."""
+    """A GGUF file in llama.cpp."""
 
     def __init__(
-        self,
-        file: Path,
-        context_tokens: int,
-        adapter: Path | None = None,
-        threads: int | None = None,
+        self, file: Path, context_tokens: int, adapter: Path | None = None, rows: int = 1
     ) -> None:
         """Load a file.
 
@@ -92,7 +97,7 @@ class GgufModel:
             file: the GGUF file.
             context_tokens: the longest sequence.
             adapter: the GGUF file of an adapter that is added to it.
-            threads: None takes as many as there are cores.
+            rows: sequences that `answers` continues at a time; each takes memory.
 
         Raises:
             ModelError: llama.cpp is missing, or cannot read the file.
@@ -105,7 +110,8 @@ class GgufModel:
         self._model = lib.llama_model_load_from_file(os.fsencode(file), settings)
         if not self._model:
             raise ModelError(f"llama.cpp cannot read {file}; write it again with force=true")
-        self._context = self._new_context(file, context_tokens, threads)
+        self._rows = rows
+        self._context = self._new_context(file, context_tokens)
         if adapter is not None:
             try:
                 self._add(adapter)
@@ -115,10 +121,11 @@ class GgufModel:
         self._vocab = lib.llama_model_get_vocab(self._model)
         self.vocabulary = int(lib.llama_vocab_n_tokens(self._vocab))
 
-    def _new_context(self, file: Path, tokens: int, threads: int | None) -> Any:
+    def _new_context(self, file: Path, tokens: int) -> Any:
         settings = self._lib.llama_context_default_params()
-        settings.n_ctx = settings.n_batch = settings.n_ubatch = tokens
-        settings.n_threads = settings.n_threads_batch = threads or os.cpu_count()
+        settings.n_batch = settings.n_ubatch = max(tokens, self._rows)
+        settings.n_seq_max, settings.n_ctx = self._rows, self._rows * tokens
+        settings.n_threads = settings.n_threads_batch = os.cpu_count()
         context = self._lib.llama_init_from_model(self._model, settings)
         if not context:
             self._lib.llama_model_free(self._model)
@@ -166,32 +173,52 @@ class GgufModel:
     def logits(self, ids: Sequence[int], first: int) -> NDArray[np.float32]:
         """Return the logits at the positions from `first` on, `[tokens, vocabulary]`."""
         self._clear()
-        self._decode(ids, 0, range(first, len(ids)))
+        self._read([_Token(token, n, 0, n >= first) for n, token in enumerate(ids)])
         return np.stack([self._logits_at(n) for n in range(first, len(ids))])
 
     def generate(
-        self,
-        prompt_ids: Sequence[int],
-        tokens: int,
-        stop: bool = True,
-        on_token: Callable[[], None] | None = None,
+        self, prompt_ids: Sequence[int], tokens: int, on_token: Callable[[], None]
     ) -> list[int]:
-        """Return up to `tokens` greedy tokens after a prompt, without the one that ends it."""
+        """Return `tokens` greedy tokens after a prompt; `on_token` is called after each."""
+        return self._greedy([prompt_ids], tokens, False, on_token)[0]
+
+    def answers(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
+        """Return up to `tokens` greedy tokens after every prompt, without the one that ends it."""
+        groups = [prompts[n : n + self._rows] for n in range(0, len(prompts), self._rows)]
+        return [answer for group in groups for answer in self._greedy(group, tokens, True)]
+
+    def _greedy(
+        self,
+        prompts: Sequence[Sequence[int]],
+        tokens: int,
+        stop: bool,
+        on_token: Callable[[], None] | None = None,
+    ) -> list[list[int]]:
         self._clear()
-        row = len(prompt_ids) - 1
-        self._decode(prompt_ids, 0, [row])
-        generated: list[int] = []
+        generated: list[list[int]] = [[] for _ in prompts]
+        chosen = dict[int, int]()  # the next token of every row that goes on
+        for row, ids in enumerate(prompts):
+            last = len(ids) - 1
+            self._read([_Token(token, n, row, n == last) for n, token in enumerate(ids)])
+            chosen[row] = self._chosen_at(last)
         while True:
-            token = int(self._logits_at(row).argmax())
             if on_token:
                 on_token()
-            if stop and self._lib.llama_vocab_is_eog(self._vocab, token):
+            for row, token in list(chosen.items()):
+                if stop and self._lib.llama_vocab_is_eog(self._vocab, token):
+                    del chosen[row]
+                else:
+                    generated[row].append(token)
+            chosen = {row: t for row, t in chosen.items() if len(generated[row]) < tokens}
+            if not chosen:
                 return generated
-            generated.append(token)
-            if len(generated) == tokens:
-                return generated
-            self._decode([token], len(prompt_ids) + len(generated) - 1, [0])
-            row = 0
+            self._read(
+                [
+                    _Token(token, len(prompts[row]) + len(generated[row]) - 1, row, True)
+                    for row, token in chosen.items()
+                ]
+            )
+            chosen = {row: self._chosen_at(number) for number, row in enumerate(chosen)}
 
     def _add(self, adapter: Path) -> None:
         """Add an adapter to the weights, at its own scale.
@@ -212,22 +239,25 @@ class GgufModel:
     def _clear(self) -> None:
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
 
-    def _decode(self, ids: Sequence[int], position: int, wanted: Collection[int]) -> None:
+    def _read(self, tokens: Sequence[_Token]) -> None:
         """Read tokens, and keep the logits of the wanted ones."""
-        batch = self._lib.llama_batch_init(len(ids), 0, 1)
+        batch = self._lib.llama_batch_init(len(tokens), 0, 1)
         try:
-            batch.n_tokens = len(ids)
-            for number, token in enumerate(ids):
-                batch.token[number] = token
-                batch.pos[number] = position + number
+            batch.n_tokens = len(tokens)
+            for number, each in enumerate(tokens):
+                batch.token[number] = each.token
+                batch.pos[number] = each.position
                 batch.n_seq_id[number] = 1
-                batch.seq_id[number][0] = 0
-                batch.logits[number] = number in wanted
+                batch.seq_id[number][0] = each.row
+                batch.logits[number] = each.is_wanted
             status = self._lib.llama_decode(self._context, batch)
         finally:
             self._lib.llama_batch_free(batch)
         if status:
-            raise ModelError(f"llama.cpp could not read {len(ids)} tokens (status {status})")
+            raise ModelError(f"llama.cpp could not read {len(tokens)} tokens (status {status})")
+
+    def _chosen_at(self, number: int) -> int:
+        return int(self._logits_at(number).argmax())
 
     def _logits_at(self, number: int) -> NDArray[np.float32]:
         """Return the logits of a token of the last batch, `[vocabulary]`."""

@@ -21,6 +21,8 @@ from tinyllama_lab.deploy.llama_cpp import GgufModel
 from tinyllama_lab.errors import ModelError, shown, user_errors
 from tinyllama_lab.study.files import write_atomic
 
+_ROWS = 8  # answers that llama.cpp writes at a time
+
 
 def measure(task: Task) -> Measured:
     """Measure one form.
@@ -36,18 +38,19 @@ def measure(task: Task) -> Measured:
 
 
 def _measure_gguf(task: Task) -> Measured:
-    longest = max(len(example["ids"]) for example in task.examples)
+    longest = max(len(example["ids"]) for example in task.examples) + task.tokens + 1
     file, *adapters = map(Path, task.paths)
     adapter = adapters[0] if adapters else None
-    with GgufModel(file, longest + task.tokens + 1, adapter) as model:
+    prompts = [example["prompt_ids"] for example in task.examples[: task.prompts]]
+    with GgufModel(file, longest, adapter) as model:
         check_prompts(model, task.examples)
-        prompts = [example["prompt_ids"] for example in task.examples[: task.prompts]]
         resident.reset_peak()
         speed = measure_speed(
-            lambda count, tick: model.generate(prompts[0], count, False, tick), task.tokens
+            lambda count, tick: model.generate(prompts[0], count, tick), task.tokens
         )
         peak_mib = resident.peak_mib()
-        answers = [model.generate(prompt, task.tokens) for prompt in prompts]
+    with GgufModel(file, longest, adapter, _ROWS) as model:
+        answers = model.answers(prompts, task.tokens)
         return Measured(
             losses=[summed_loss(model, example) for example in task.examples],
             answers=answers,
