@@ -2,6 +2,7 @@
 
 python -m benchmarks.forecast measured.jsonl          # runs what the file lacks, then compares
 python -m benchmarks.forecast measured.jsonl --show   # prints the tables, and runs nothing
+python -m benchmarks.forecast minutes.jsonl --minutes # the same for the time, after a first trial
 
 A run is one pack, and its forecast is made right before it: a run may change what the next worker
 knows about its machine, such as the best size of a micro-batch. Peaks do not depend on what else
@@ -16,6 +17,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +28,8 @@ from benchmarks.ours import result_of, write_pack
 from tinyllama_lab.errors import LabError
 from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.sweep.check import grid_cells
-from tinyllama_lab.sweep.forecast.process import Estimate, Forecasting
+from tinyllama_lab.sweep.forecast.forecast import forecast
+from tinyllama_lab.sweep.forecast.process import Forecasting
 from tinyllama_lab.sweep.plan import Plan, check_cells, make_plan
 from tinyllama_lab.sweep.settings.compose import register_resolvers
 from tinyllama_lab.sweep.settings.questions import expand
@@ -84,6 +87,20 @@ TINY = (
     f"{LONG} lora.r=4 data.max_length=512 train.lr=1e-3,2e-3,3e-3,4e-3,5e-3,6e-3,7e-3,8e-3",
     f"{LONG} lora.r=8 data.max_length=256 train.deterministic=true",
 )
+MINUTES = (  # the first is what the forecasts of the others rest on
+    "lora.r=8 data.n=192",
+    "lora.r=16 data.n=192",
+    "lora.r=8 data.n=384",
+    "lora.r=8 data.n=192 train.epochs=2",
+    "lora.r=32 lora.targets=all_linear data.n=192",
+    "lora.r=4 lora.targets=attention_qv data.n=256 eval.generations=16",
+    "lora.r=8,16 data.n=192",
+    "lora.r=4,8,16,32 data.n=256",
+)
+SHARED_MINUTES = (
+    "model=smollm2 data.eval_n=32 seeds=1 eval.latency_tokens=0 confirm=off tracking=none "
+    "hardware.device=cpu"
+)
 PEAKS = ("train", "infer")
 UNDER = -0.03  # an under-estimate by more than this counts
 _WORDS = "a train to the coast and a room with a view near the old harbour in the morning".split()
@@ -96,6 +113,8 @@ class Run:
     settings: str
     forecast: dict[str, Any]
     metrics: list[dict[str, float]]
+    told_s: float | None = None  # of the whole worker, forecast
+    took_s: float = 0.0
 
 
 def runs(model: str) -> list[str]:
@@ -114,20 +133,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Plain)
     parser.add_argument("file", type=Path, help="one line for each run; it is continued")
     parser.add_argument("--show", action="store_true", help="measure nothing")
+    parser.add_argument("--minutes", action="store_true", help="forecast the time instead")
     parser.add_argument("--model", choices=("all", "smollm2", "tiny_random"), default="all")
     parser.add_argument("--threads", type=int, default=1, help="of a worker")
     options = parser.parse_args(arguments)
     register_resolvers()
+    measured = {run.settings: run for run in _read(options.file)}
+    wanted = list(MINUTES) if options.minutes else runs(options.model)
     with tempfile.TemporaryDirectory(prefix="forecast-") as root:
         rows = _write_rows(Path(root))
-        measured = {run.settings: run for run in _read(options.file)}
-        for settings in runs(options.model) if not options.show else ():
-            if settings not in measured:
-                typed = _typed(settings, rows, options.threads)
+        for settings in wanted if not options.show else ():
+            # minutes rest on the trials before them, so all are run again
+            if options.minutes or settings not in measured:
+                shared = SHARED_MINUTES if options.minutes else SHARED
+                typed = _typed(f"{settings} {shared}", rows, options.threads)
                 measured[settings] = _measure(settings, typed, Path(root))
                 _append(options.file, measured[settings])
-        wanted = [measured[s] for s in runs(options.model) if s in measured]
-        print("\n".join(_table(wanted)))
+    table = _minutes if options.minutes else _table
+    print("\n".join(table([measured[s] for s in wanted if s in measured])))
 
 
 class _Plain(argparse.RawDescriptionHelpFormatter):
@@ -146,7 +169,7 @@ def _write_rows(root: Path) -> Path:
 
 
 def _typed(settings: str, rows: Path, threads: int) -> list[str]:
-    texts = f"{settings} {SHARED} hardware.threads={threads}".split()
+    texts = f"{settings} hardware.threads={threads}".split()
     return [text.replace("{rows}", str(rows)) for text in texts]
 
 
@@ -158,13 +181,18 @@ def _plan(typed: Sequence[str], root: Path, name: str) -> Plan:
 def _measure(settings: str, typed: Sequence[str], root: Path) -> Run:
     """Forecast one pack, and run it in a process of its own."""
     plan = _plan(typed, root, f"run{abs(hash(settings))}")
-    forecast = _forecast(plan)
+    with Forecasting() as process:
+        found = forecast(plan, process)
+    assert found is not None, "no trial of the pack is done"
     pack = write_pack(plan)
     worker = [sys.executable, "-m", "tinyllama_lab.core.worker", str(pack.folder)]
+    begin = time.monotonic()
     done = subprocess.run(worker, capture_output=True, text=True, check=False)
+    took_s = time.monotonic() - begin
     if done.returncode:
         raise LabError(f"the worker of {settings} ended with {done.returncode}: {done.stderr}")
-    return Run(settings, forecast, [result_of(planned.trial).metrics for planned in plan.trials])
+    metrics = [result_of(planned.trial).metrics for planned in plan.trials]
+    return Run(settings, found.packs[0], metrics, found.seconds, took_s)
 
 
 def _read(file: Path) -> Iterator[Run]:
@@ -176,15 +204,6 @@ def _read(file: Path) -> Iterator[Run]:
 def _append(file: Path, run: Run) -> None:
     with file.open("a", encoding="utf-8") as lines:
         lines.write(json.dumps(asdict(run)) + "\n")
-
-
-def _forecast(plan: Plan) -> dict[str, Any]:
-    """Return the forecast of a plan's only pack."""
-    estimates = {planned.trial.key: Estimate() for planned in plan.trials}
-    with Forecasting() as process:
-        reply = process.ask([plan.trials], asdict(plan.config.hardware), estimates)
-    pack: dict[str, Any] = reply["packs"][0]
-    return pack
 
 
 def _table(measured: Sequence[Run]) -> Iterator[str]:
@@ -208,6 +227,22 @@ def _table(measured: Sequence[Run]) -> Iterator[str]:
         worst, under = max(found, key=abs), sum(error < UNDER for error in found)
         middle = median(map(abs, found))
         yield f"| {peak} | {len(found)} | {middle:.1%} | {worst:+.1%} | {under} |"
+
+
+def _minutes(measured: Sequence[Run]) -> Iterator[str]:
+    """Yield the lines of a Markdown table of the forecast and the true seconds."""
+    yield "| settings | seconds | forecast | error |"
+    yield "|---|--:|--:|--:|"
+    errors = []
+    for number, run in enumerate(measured):
+        told, error = "-", "-"
+        if run.told_s is not None:
+            told, error = f"{run.told_s:.0f}", f"{run.told_s / run.took_s - 1:+.1%}"
+        if number and run.told_s is not None:
+            errors.append(abs(run.told_s / run.took_s - 1))
+        yield f"| `{run.settings}` | {run.took_s:.0f} | {told} | {error} |"
+    yield ""
+    yield f"after the first trial: median error {median(errors):.1%}, at most {max(errors):.1%}"
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from gguf import GGUFReader
 from transformers import AutoModelForCausalLM
 
 from tinyllama_lab.deploy.__main__ import main
+from tinyllama_lab.deploy.forms import Measured, Task
 from tinyllama_lab.errors import ConfigError, ModelError, StudyError
 from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.study.trial import TrialFolder, trial_key
@@ -205,6 +206,24 @@ def test_forms_are_measured_beside_the_adapter_as_trained(
     assert re.search(r"merged: [+-]0\.0 % perplexity", capsys.readouterr().out)
     shutil.rmtree(file.parent)
     shutil.rmtree(study.deploy_dir, ignore_errors=True)
+
+
+def test_a_form_that_cannot_be_measured_leaves_the_others_in_the_table(
+    study: StudyFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_task(task: Task) -> Measured:
+        if task.form == "merged":
+            raise ModelError("merged cannot be measured: it is damaged")
+        losses = [1.0] * len(task.examples)
+        return Measured(losses, [[1]], ["a"], None, 9.0, 1.0, 10.0, "cpu", "float32")
+
+    monkeypatch.setattr("tinyllama_lab.deploy.measure._run", run_task)
+    (trial,) = study.trials_dir.glob("r2-*")
+    with pytest.raises(ModelError, match="merged cannot be measured: it is damaged"):
+        main([f"sweeps_dir={study.root}", "study=tiny", "trial=r=2", "types=", "device=cpu"])
+    rows = json.loads((trial / "deploy" / "measured.json").read_text())
+    assert [row["form"] for row in rows] == ["base", "adapter"]
+    shutil.rmtree(trial / "deploy")
 
 
 def test_a_prompt_that_is_longer_than_the_context_is_refused(study: StudyFolder) -> None:

@@ -83,7 +83,8 @@ def test_the_two_merged_forms_of_a_four_bit_base_are_both_measured(
     trial = trained_on_nf4(tmp_path, lab)
     of_trial = SimpleNamespace(row=SimpleNamespace(trial=trial))
     selection: Any = SimpleNamespace(trial=of_trial, study=None)
-    rows = deploy(selection, Wanted([], "f16", False), "cpu", lambda line: None)
+    rows, problems = deploy(selection, Wanted([], "f16", False), "cpu", lambda line: None)
+    assert not problems
     assert [row.form for row in rows] == ["base", "adapter", "merged", "original"]
     dequantized, original = (abs(row.difference or 0) for row in rows[2:])
     assert dequantized < original

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from tinyllama_lab.errors import ConfigError, quiet_interrupt, user_errors
+from tinyllama_lab.errors import ConfigError, ModelError, quiet_interrupt, user_errors
 
 with quiet_interrupt():  # importing these takes a second, in which Ctrl-C may come
     from rich.console import Console
@@ -216,10 +216,12 @@ def _deploy(arguments: Sequence[str]) -> None:
     selection = options.selection()
     from tinyllama_lab.deploy.export import deploy
 
-    rows = deploy(selection, wanted, device, say)
+    rows, problems = deploy(selection, wanted, device, say)
     print_exports(rows, Console(width=line_width()))
     print(f"written: {selection.trial.row.trial.deploy_dir}")
     _show(selection.study)
+    if problems:
+        raise ModelError(*problems)
 
 
 def _show(study: StudyFolder) -> None:

@@ -201,14 +201,18 @@ def _others(folder: Path) -> Iterator[str]:
     yield from (p.name for p in folder.iterdir() if p.is_dir() or p.suffix not in _OF_MODELS)
 
 
-def deploy(selection: Selection, wanted: Wanted, device: str, say: Say) -> list[ExportRow]:
+def deploy(
+    selection: Selection, wanted: Wanted, device: str, say: Say
+) -> tuple[list[ExportRow], list[str]]:
     """Merge, write the GGUF files, measure all of them, and keep the numbers with the trial.
+
+    Returns the numbers, and why exports that have none cannot be measured.
 
     Exports that are there already are measured again, and written again if `force` is true. A
     quantized base is merged into the weights of training, and into those before quantization.
 
     Raises:
-        ModelError: llama.cpp is not installed, or a form cannot be written or measured.
+        ModelError: llama.cpp is not installed, or a form cannot be written.
     """
     trial = selection.trial.row.trial
     exports = Exports(trial.deploy_dir)
@@ -229,6 +233,6 @@ def deploy(selection: Selection, wanted: Wanted, device: str, say: Say) -> list[
     missing = [k for k in wanted.kinds if wanted.force or not all(f.exists() for f in forms[k])]
     if missing:
         _write_files(selection, replace(wanted, kinds=missing), say)
-    rows = measure_forms(trial, forms, device, lambda form: say(f"measuring {form}"))
+    rows, problems = measure_forms(trial, forms, device, lambda form: say(f"measuring {form}"))
     exports.write_measured(rows)
-    return rows
+    return rows, problems

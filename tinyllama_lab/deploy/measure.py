@@ -74,8 +74,10 @@ def measure_forms(
     exports: dict[str, list[Path]],
     device: str,
     say: Callable[[str], None],
-) -> list[ExportRow]:
+) -> tuple[list[ExportRow], list[str]]:
     """Measure base, adapter and exports, one after the other, each in a process of its own.
+
+    Returns the rows, and why exports that have none cannot be measured.
 
     Args:
         trial: the trial that was exported.
@@ -84,26 +86,29 @@ def measure_forms(
         say: called with the form that is measured next.
 
     Raises:
-        ModelError: a form cannot be measured.
+        ModelError: the base or the adapter cannot be measured.
     """
     rows = heldout(trial)
     plain = Task(TRAINED, str(trial.folder), [], device, _TOKENS, _PROMPTS, rows.records, None)
     say(TRAINED)
     trained = _run(plain)
-    forms: dict[str, list[Path]] = {BASE: [], **exports}
-    measured: dict[str, Measured] = {}
-    for form, paths in forms.items():
+    say(BASE)
+    compared = replace(plain, answers=trained.answers)
+    measured, problems = {BASE: _run(replace(compared, form=BASE)), TRAINED: trained}, []
+    for form, paths in exports.items():
         say(form)
-        task = replace(plain, form=form, paths=list(map(str, paths)), answers=trained.answers)
-        measured[form] = _run(task)
+        try:
+            measured[form] = _run(replace(compared, form=form, paths=list(map(str, paths))))
+        except ModelError as error:  # the others are worth their minutes
+            problems.append(str(error))
     folder = model_folder(part(Science, trial.read_config()).model)
     sizes = {
         BASE: _size_mib(folder),
         TRAINED: _size_mib(folder) + _size_mib(trial.adapter_dir),
         **{form: sum(map(_size_mib, paths)) for form, paths in exports.items()},
     }
-    ordered = {BASE: measured[BASE], TRAINED: trained, **measured}
-    return [_row(form, each, trained, rows, sizes[form]) for form, each in ordered.items()]
+    table = [_row(form, each, trained, rows, sizes[form]) for form, each in measured.items()]
+    return table, problems
 
 
 def _run(task: Task) -> Measured:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -28,7 +29,7 @@ class Rows:
     is_counted: bool  # whether a tokenizer made them
     is_guessed: bool = False  # whether even their number is not known
 
-    @property
+    @cached_property
     def longest(self) -> Example:
         """The training row with the most tokens."""
         return max(self.train, key=lambda example: len(example.ids))
@@ -64,9 +65,10 @@ class RowSource:
 
     def __init__(self) -> None:
         self._caches: dict[str, DataCache | None] = {}
+        self._rows: dict[str, Rows] = {}
 
     def rows(self, science: Science, estimate: Mapping[str, float]) -> Rows:
-        """Return the rows of a trial.
+        """Return the rows of a trial; trials of the same data and seed share them.
 
         Args:
             science: its settings.
@@ -76,6 +78,12 @@ class RowSource:
         Raises:
             DataError: the rows are here and cannot be used.
         """
+        key = repr((science.model, science.data, science.seed, dict(estimate)))
+        if key not in self._rows:
+            self._rows[key] = self._read(science, estimate)
+        return self._rows[key]
+
+    def _read(self, science: Science, estimate: Mapping[str, float]) -> Rows:
         cache = self._cache(science.model)
         if cache is None or science.data.kind.is_remote:
             return _estimated(science, estimate)
