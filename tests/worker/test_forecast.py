@@ -135,6 +135,20 @@ def test_a_token_keeps_what_the_planner_of_a_worker_measures(
     )
 
 
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_what_a_token_keeps_is_computed_for_further_ranks_as_it_would_be_traced(
+    variant: str, configure: Any, hardware: Hardware
+) -> None:
+    settings = {"lora__variant": variant, **UNSCORED}
+    trials = [Trial(science(configure, lora__r=r, **settings), ROWS) for r in (4, 64, 16, 100)]
+    together, fresh = forecaster(hardware, 900.0), [forecaster(hardware, 900.0) for _ in trials]
+    found = [together.need(trial).training for trial in trials]
+    assert found == pytest.approx(
+        [each.need(trial).training for each, trial in zip(fresh, trials, strict=True)], rel=1e-3
+    )
+    assert len(set(found)) == 4
+
+
 def test_rows_on_a_gpu_keep_no_attention_probabilities() -> None:
     row = example(200, prompt=100)
     on_cpu, on_gpu = (kept_mib_per_token(outline(), lora(), row, True, gpu) for gpu in (0, 1))

@@ -124,7 +124,7 @@ class Forecaster:
         self.baseline_mib = machine.process_mib + self.weights_mib
         self.room_mib = machine.free_mib - self.baseline_mib
         # what trials share, because each takes a walk through the base
-        self._kept: dict[str, float] = {}
+        self._kept: dict[str, dict[int, float]] = {}  # MiB a token, by rank
         self._engines: dict[tuple[bool, bool], Engine[Any]] = {}
         self._sizes: dict[str, tuple[int, float]] = {}
         self._adapters_mib: dict[str, float] = {}
@@ -261,16 +261,25 @@ class Forecaster:
         return planner, context
 
     def _kept_per_token(self, trial: Trial) -> float:
+        """Return MiB that a token keeps for backward.
+
+        It grows in proportion to the rank, so two ranks are traced and the others computed.
+        """
         lora, longest = trial.science.lora, trial.rows.longest
         packed = self.is_packed(lora)
-        key = repr((asdict(lora), len(longest.ids), longest.labels, packed))
-        if key not in self._kept:
+        alike = asdict(lora) | {"r": None, "alpha": None}
+        key = repr((alike, len(longest.ids), longest.labels, packed))
+        by_rank = self._kept.setdefault(key, {})
+        if lora.r not in by_rank and len(by_rank) > 1:
+            (rank, kept), (other, more) = list(by_rank.items())[:2]
+            return kept + (more - kept) / (other - rank) * (lora.r - rank)
+        if lora.r not in by_rank:
             is_gpu = self._machine.is_gpu
             kept = kept_mib_per_token(self._outline, lora, longest, packed, is_gpu)
             if is_gpu and packed and not self._machine.has_varlen:
                 kept += self._repeated_keys_mib()
-            self._kept[key] = kept
-        return self._kept[key]
+            by_rank[lora.r] = kept
+        return by_rank[lora.r]
 
     def _repeated_keys_mib(self) -> float:
         """Return MiB a token of what attention on older GPUs keeps in addition.
