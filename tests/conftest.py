@@ -24,7 +24,13 @@ settings.load_profile("tests")
 
 CONF = Path(__file__).parents[1] / "conf"
 # the files that take longest begin, so that no process ends with one while the others are idle
-LONGEST = ("test_cli.py", "test_search_kill.py", "test_data_command.py", "test_names.py")
+LONGEST = (
+    "test_true_shape.py",
+    "test_cli.py",
+    "test_search_kill.py",
+    "test_data_command.py",
+    "test_names.py",
+)
 SMALL: dict[str, Any] = {
     "model.identity": "1",
     "data.n": 8,
