@@ -53,7 +53,8 @@ ui: $(READY)  ## Open the MLflow UI on the runs, on http://127.0.0.1:5000
 
 # one process for each core, and at most four: each of them loads PyTorch and a model
 test: $(READY)  ## Run the tests; make test ARGS="-n0 tests/driver/test_plan.py" runs one file
-	$(RUN) -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(RUN) -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
+	  --durations=20 $(ARGS)
 
 lint: $(READY)  ## Check style and types
 	$(RUN) -m ruff check . $(ARGS)
