@@ -220,6 +220,18 @@ def test_the_prediction_is_the_highest_and_includes_used_memory(
     assert made.predicted() == {"memory/predicted_mib": pytest.approx(expected)}
 
 
+def test_what_is_measured_keeps_every_block_though_training_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made, _ = planner(10**6, monkeypatch, checkpointing=True)
+    made.plan_training([ADAPTER], 250, fixed=False)
+    made.predict([ADAPTER], [250])
+    least = 100 + ADAPTER + 250 * PER_TOKEN  # of the longest example, before the first step
+    overhead = memory.LIBRARIES_MIB + memory.KERNELS_MIB + ADAPTER
+    predicted = made.predicted()["memory/predicted_mib"]
+    assert least < predicted < least + overhead
+
+
 def test_gaps_in_the_heap_grow_with_micro_batches_and_end(monkeypatch: pytest.MonkeyPatch) -> None:
     peaks = []
     for count, later in ((1, 0), (2, 0), (8, 0), (300, 10**9)):

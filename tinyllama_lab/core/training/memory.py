@@ -199,9 +199,21 @@ class Planner:
         self._shapes.update(micro_batches)
         if self._context.base.device.type == "cpu":
             peak = held + self._step_on_cpu_mib(adapters, tokens, len(micro_batches))
+            peak = max(peak, self._measuring_mib(adapters[0]))
         else:
             peak = held + self._activations_mib(tokens)
         self._predicted_mib = max(self._predicted_mib, peak)
+
+    def _measuring_mib(self, adapter_mib: float) -> float:
+        """Return the peak of `measure`, which keeps the activations of one example in all blocks.
+
+        With checkpointing this may be more than training takes.
+        """
+        tokens = self._longest_tokens
+        if self._engine.grows_evenly:
+            tokens = min(tokens, MEASURED_TOKENS)
+        kept = self._kept_mib(tokens, checkpointing=False)[0]
+        return self._baseline_mib + adapter_mib + kept + self._libraries_mib([adapter_mib])
 
     def scoring_mib(
         self, adapters: Sequence[float], tokens: int, labels: int, cache_mib: float
