@@ -118,11 +118,15 @@ class AnyDecoder:
                 module.forward = partial(self._block, _forward_of(module))  # type: ignore[method-assign]
 
     def _wrap_linear(self, name: str, module: Any, keep_dequantized: bool) -> None:
-        weight = FrozenWeight([module], self._base.dtype, keep_dequantized)
-        number = self.module_numbers[name] = len(self.module_numbers)
+        forward, number = _forward_of(module), len(self.module_numbers)
+        self.module_numbers[name] = number
+        if hasattr(module, "state"):  # int8, whose matmul is more than one with a matrix
+            weight: Any = _Size(module.in_features, [module.out_features])
+        else:
+            weight = FrozenWeight([module], self._base.dtype, keep_dequantized)
         columns = ModuleColumns(number, weight.inputs, weight.outputs, self.device)
         linear = PackedLinear(Plain(), weight, [name], columns)
-        module.forward = partial(_linear, linear, _forward_of(module), module.bias)
+        module.forward = partial(_linear, linear, forward, module.bias)
 
     def _block(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a block, of which backward may compute the activations again."""
@@ -213,6 +217,14 @@ def _forward_of(module: nn.Module) -> Callable[..., Any]:
     return partial(type(module).forward, module)
 
 
+@dataclass(frozen=True)
+class _Size:
+    """Of a weight that only its own module reads."""
+
+    inputs: int
+    outputs: list[int]
+
+
 def _linear(
     linear: PackedLinear,
     forward: Callable[[torch.Tensor], torch.Tensor],
@@ -222,6 +234,30 @@ def _linear(
     current = _PASS.get()
     if current is None:
         return forward(x)
-    y = linear(x.reshape(-1, x.shape[-1]), current.batch(x.shape))
-    y = y.view(*x.shape[:-1], y.shape[-1])
-    return y if bias is None else y + bias
+    batch, rows = current.batch(x.shape), x.reshape(-1, x.shape[-1])
+    if isinstance(linear.weight, _Size):
+        y: torch.Tensor = _Added.apply(forward(x).flatten(0, -2), rows, linear, batch)
+    else:
+        y = linear(rows, batch)
+        y = y if bias is None else y + bias
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+class _Added(torch.autograd.Function):
+    """What adapters add to the output of a layer that computes its own."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: torch.Tensor, x: torch.Tensor, linear: PackedLinear, batch: PackedBatch
+    ) -> torch.Tensor:
+        result = y.clone()
+        ctx.linear, ctx.batch = linear, batch
+        ctx.save_for_backward(x, *linear.add(x, result, batch))
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, *inner = ctx.saved_tensors
+        grad_x = torch.zeros_like(x)
+        ctx.linear.add_gradients(inner, x, grad, grad_x, ctx.batch)
+        return grad, grad_x, None, None
