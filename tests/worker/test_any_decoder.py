@@ -22,6 +22,8 @@ from tinyllama_lab.core.engines.peft import PeftEngine
 
 LENGTHS = (40, 90, 33, 5, 60, 1)  # beyond the sliding windows, and within them
 ADAPTERS = [settings(r=4), settings(r=8, variant="rslora"), settings(r=3)]
+# the caps of Gemma 2 make PEFT's own gradients in float32 differ by 4e-5 from those in float64
+APART = {"gemma2": 5e-5}
 OTHERS = [name for name in DECODERS if name != "llama"]
 
 
@@ -41,9 +43,7 @@ def alone(
 
 @pytest.mark.parametrize("recomputed", [False, True])
 @pytest.mark.parametrize("name", OTHERS)
-def test_losses_and_gradients_are_those_of_each_adapter_alone(
-    name: str, recomputed: bool
-) -> None:
+def test_losses_and_gradients_are_those_of_each_adapter_alone(name: str, recomputed: bool) -> None:
     model, rows = decoder(name), examples(LENGTHS)
     expected = [alone(model, config, n, rows) for n, config in enumerate(ADAPTERS)]
     engine = PackedEngine(base_of(model))
@@ -61,7 +61,8 @@ def test_losses_and_gradients_are_those_of_each_adapter_alone(
         found = losses[number * len(rows) : (number + 1) * len(rows)].detach()
         torch.testing.assert_close(found, of_rows, rtol=1e-5, atol=1e-5)
         for key, matrix in gradients(adapter).items():
-            assert (matrix - of_matrices[key]).norm() <= 1e-5 * of_matrices[key].norm() + 1e-6, key
+            apart = (matrix - of_matrices[key]).norm() / of_matrices[key].norm()
+            assert apart <= APART.get(name, 1e-5), key
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -86,7 +87,7 @@ def test_generations_are_those_of_transformers_with_its_cache(name: str) -> None
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_a_model_that_packs_passes_its_check(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_packs_passes_its_check(name: str) -> None:
     assert check.why_not_packed(base_of(decoder(name))) is None
 
 

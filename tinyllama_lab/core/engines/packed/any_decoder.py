@@ -105,9 +105,9 @@ class AnyDecoder:
         self._base = base
         self._model: Any = base.model
         self._backbone: Any = getattr(self._model, self._model.base_model_prefix)
-        self._embedding = self._model.get_input_embeddings()
+        self._embedding: Any = self._model.get_input_embeddings()
         self._head: Any = self._model.get_output_embeddings()
-        self.device: torch.device = self._embedding.weight.device
+        self.device = base.device
         self.checkpointing = False
         self.module_numbers: dict[str, int] = {}  # of every adaptable module, by name
         self._has_plain_head: bool | None = None  # not known yet
@@ -115,7 +115,7 @@ class AnyDecoder:
             if isinstance(module, nn.Linear | Conv1D) and module is not self._head:
                 self._wrap_linear(name, module, keep_dequantized)
             elif isinstance(module, GradientCheckpointingLayer):
-                module.forward = partial(self._block, _forward_of(module))  # type: ignore[method-assign]
+                module.forward = partial(self._block, _forward_of(module))
 
     def _wrap_linear(self, name: str, module: Any, keep_dequantized: bool) -> None:
         forward, number = _forward_of(module), len(self.module_numbers)
@@ -157,7 +157,7 @@ class AnyDecoder:
         # no dropout of the base: its random numbers would depend on the rest of the pack
         self._model.eval()
         positions = torch.cat([torch.arange(length) for length in batch.lengths])
-        inputs = {
+        inputs: dict[str, Any] = {
             "position_ids": positions[None].to(self.device, non_blocking=True),
             "use_cache": False,
         }

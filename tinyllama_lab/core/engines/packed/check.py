@@ -76,9 +76,7 @@ def _tried(
                 if ".lora_B." in name:
                     noise = torch.randn(named[name].shape, generator=draw)
                     named[name] = (SCALE * noise).to(named[name])
-            for parameter, value in zip(
-                adapter.parameters, adapter.values(named), strict=True
-            ):
+            for parameter, value in zip(adapter.parameters, adapter.values(named), strict=True):
                 parameter.copy_(value)
         adapter.updated()
         items = [WorkItem(wearer, row) for wearer in (adapter, None) for row in rows]

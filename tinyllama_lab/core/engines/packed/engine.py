@@ -117,7 +117,8 @@ class PackedEngine:
     @property
     def grows_evenly(self) -> bool:
         """Return whether attention keeps as much for every token, however long the row."""
-        return can_run(self._base.device, self._base.dtype)
+        of_llama = isinstance(self.model, FrozenLlama)
+        return of_llama and can_run(self._base.device, self._base.dtype)
 
     def checkpoint_activations(self, enabled: bool) -> None:
         """Turn recomputing the activations of every block in backward on or off."""

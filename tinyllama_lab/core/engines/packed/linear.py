@@ -53,9 +53,7 @@ class PackedLinear:
         result: torch.Tensor = _Apply.apply(source, self, batch)
         return result
 
-    def add(
-        self, x: torch.Tensor, result: torch.Tensor, batch: PackedBatch
-    ) -> list[torch.Tensor]:
+    def add(self, x: torch.Tensor, result: torch.Tensor, batch: PackedBatch) -> list[torch.Tensor]:
         """Add the updates of all adapters to `result [tokens, outputs]`, in place.
 
         Returns:
