@@ -14,7 +14,7 @@ from typing import Any
 from tinyllama_lab.config.variants import VARIANTS
 from tinyllama_lab.core.context import WorkerContext
 from tinyllama_lab.core.engines.base import Engine
-from tinyllama_lab.core.engines.packed.check import why_not_packed
+from tinyllama_lab.core.training.pack_check import why_not_packed
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
 from tinyllama_lab.core.engines.packed.llama import why_not_llama
 from tinyllama_lab.core.engines.peft import PeftEngine
