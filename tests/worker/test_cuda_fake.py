@@ -227,7 +227,7 @@ def test_4_bit_weights_are_dequantized_on_the_device(
         base = tinyllama(dtype, layers=1)
         make_4_bit(base.model, double)
         engine, items = pack(base, keep_dequantized=keep)
-        joint = engine.llama.layers[0].qkv.weight
+        joint = engine.model.layers[0].qkv.weight
         assert joint.is_quantized and (joint._dense is not None) == keep
         assert joint.dense().shape == (2048 + 2 * 256, 2048)
         syncs.clear()

@@ -119,7 +119,7 @@ def test_neighbours_with_and_without_dropout_do_not_change_a_loss() -> None:
 def test_dropout_is_applied_to_the_input_of_a_as_in_peft() -> None:
     """Compares the adapter with `scaling * (mask * x) @ A.T @ B.T`, and their gradients."""
     one = DropoutAdapter(targets=["o_proj"], r=2)
-    (o, *_) = (layer.o for layer in one.engine.llama.layers)
+    (o, *_) = (layer.o for layer in one.engine.model.layers)
     batch = lay_out(items_of(one.adapter, one.chosen, 4, 2), torch.device("cpu"))
     x = torch.randn(43, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
     found = o(x, batch)

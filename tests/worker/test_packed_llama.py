@@ -25,7 +25,7 @@ from tinyllama_lab.core.engines.base import WorkItem
 from tinyllama_lab.core.engines.packed import head
 from tinyllama_lab.core.engines.packed.batch import lay_out
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
-from tinyllama_lab.core.engines.packed.llama import why_not_packed
+from tinyllama_lab.core.engines.packed.llama import why_not_llama
 
 pytestmark = pytest.mark.usefixtures("kind_of_cpu")
 
@@ -58,11 +58,11 @@ def blocks_of(model: PreTrainedModel, one: Example) -> list[torch.Tensor]:
 def packed_blocks(engine: PackedEngine, chosen: list[Example]) -> list[list[torch.Tensor]]:
     """Return the output of every block for every sequence in the packed pass."""
     batch = lay_out(items_of(None, chosen), CPU)
-    whole, found = engine.llama.layers, []
+    whole, found = engine.model.layers, []
     for count in range(1, len(whole) + 1):
-        engine.llama.layers = whole[:count]
-        found.append(list(engine.llama.hidden(batch).split(batch.lengths)))
-    engine.llama.layers = whole
+        engine.model.layers = whole[:count]
+        found.append(list(engine.model.hidden(batch).split(batch.lengths)))
+    engine.model.layers = whole
     return found
 
 
@@ -155,10 +155,10 @@ def test_the_head_in_many_chunks_gives_the_same_losses_and_gradients(
 def test_what_the_packed_pass_does_not_support_is_named(
     changes: dict[str, Any], reason: str
 ) -> None:
-    assert reason in str(why_not_packed(llama(**changes)))
+    assert reason in str(why_not_llama(llama(**changes)))
 
 
 def test_only_llamas_are_packed() -> None:
     other = GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=16, n_layer=1, n_head=2))
-    assert why_not_packed(other) == "its architecture is gpt2, not llama"
-    assert all(why_not_packed(llama(**shape)) is None for shape in SHAPES.values())
+    assert why_not_llama(other) == "its architecture is gpt2, not llama"
+    assert all(why_not_llama(llama(**shape)) is None for shape in SHAPES.values())

@@ -11,7 +11,7 @@ from tests.llamas import apart, example, gradients, items_of, make_b_random, set
 from tinyllama_lab.config.schema import QuantConfig, Science, part
 from tinyllama_lab.core.engines.base import Adapter, Engine
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
-from tinyllama_lab.core.engines.packed.llama import why_not_packed
+from tinyllama_lab.core.engines.packed.llama import why_not_llama
 from tinyllama_lab.core.engines.peft import PeftEngine
 from tinyllama_lab.core.models.loading import Base, load_base
 
@@ -72,7 +72,7 @@ def test_neighbours_are_dequantized_together_to_the_same_values(
     block = base.model.model.layers[0].self_attn
     modules = [block.q_proj, block.k_proj, block.v_proj]
     apart = [dequantize_4bit(m.weight.data, m.weight.quant_state).clone() for m in modules]
-    packed = PackedEngine(base).llama.layers[0].qkv.weight
+    packed = PackedEngine(base).model.layers[0].qkv.weight
     assert torch.equal(packed.dense(), torch.cat(apart))
     eye = torch.eye(len(apart[1][0]))  # the model's own modules still find their weights
     assert torch.allclose(block.k_proj(eye), apart[1].T, atol=1e-6)
@@ -83,7 +83,7 @@ def test_neighbours_are_dequantized_together_to_the_same_values(
 
 def test_a_dequantized_copy_is_kept_only_if_asked_for(load: Any) -> None:
     base = load("nf4")
-    frugal, quick = (PackedEngine(base, keep_dequantized=wanted).llama for wanted in (False, True))
+    frugal, quick = (PackedEngine(base, keep_dequantized=wanted).model for wanted in (False, True))
     assert quick.layers[0].qkv.weight.dense() is quick.layers[0].qkv.weight.dense()
     assert frugal.layers[0].qkv.weight.dense() is not frugal.layers[0].qkv.weight.dense()
     assert torch.equal(quick.layers[0].qkv.weight.dense(), frugal.layers[0].qkv.weight.dense())
@@ -91,7 +91,7 @@ def test_a_dequantized_copy_is_kept_only_if_asked_for(load: Any) -> None:
 
 def test_dense_weights_are_shared_not_copied(load: Any) -> None:
     base = load("none")
-    layer = PackedEngine(base).llama.layers[0]
+    layer = PackedEngine(base).model.layers[0]
     joint = layer.qkv.weight.dense()
     block = base.model.model.layers[0].self_attn
     begin = 0
@@ -102,4 +102,4 @@ def test_dense_weights_are_shared_not_copied(load: Any) -> None:
 
 
 def test_int8_cannot_be_packed(load: Any) -> None:
-    assert "Linear8bitLt" in str(why_not_packed(load("int8").model))
+    assert "Linear8bitLt" in str(why_not_llama(load("int8").model))

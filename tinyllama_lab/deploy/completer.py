@@ -22,7 +22,7 @@ from tinyllama_lab.core.engines.base import WorkItem
 from tinyllama_lab.core.engines.packed.adapter import PackedAdapter
 from tinyllama_lab.core.engines.packed.decode import Decoder
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
-from tinyllama_lab.core.engines.packed.llama import why_not_packed
+from tinyllama_lab.core.engines.packed.llama import FrozenLlama, why_not_llama
 from tinyllama_lab.core.engines.sampling import Chooser, TokenSampling
 from tinyllama_lab.core.models.loading import Base
 from tinyllama_lab.core.models.quiet import no_peft_deprecation
@@ -109,8 +109,8 @@ def completer(base: Base, variant: str) -> Completer:
 
 
 def can_pack(base: Base, variant: str) -> bool:
-    """Return whether the packed engine runs adapters of a `lora.variant` on a base."""
-    return not (why_not_packed(base.model) or VARIANTS[variant].not_packed)
+    """Return whether rows of several adapters can join and leave one decoder on a base."""
+    return not (why_not_llama(base.model) or VARIANTS[variant].not_packed)
 
 
 class PackedCompleter:
@@ -120,7 +120,9 @@ class PackedCompleter:
         self._base = base
         self._engine = PackedEngine(base)
         self._adapters: dict[str, PackedAdapter] = {}
-        self._decoder = Decoder(self._engine.llama)
+        assert isinstance(self._engine.model, FrozenLlama)  # `can_pack` said so
+        self._llama = self._engine.model
+        self._decoder = Decoder(self._llama)
         self._running: dict[WorkItem[PackedAdapter], Completion] = {}
         self._waiting: list[Completion] = []
 
@@ -162,7 +164,7 @@ class PackedCompleter:
     def clear(self) -> None:
         """Forget all completions, and free their keys and values."""
         self._waiting, self._running = [], {}
-        self._decoder = Decoder(self._engine.llama)
+        self._decoder = Decoder(self._llama)
 
     @property
     def is_idle(self) -> bool:
@@ -205,7 +207,7 @@ class PackedCompleter:
         if rows:
             self._decoder.keep(rows)
         else:  # frees the caches
-            self._decoder = Decoder(self._engine.llama)
+            self._decoder = Decoder(self._llama)
 
 
 class PeftCompleter:

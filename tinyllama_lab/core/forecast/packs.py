@@ -16,7 +16,6 @@ from tinyllama_lab.config.variants import VARIANTS
 from tinyllama_lab.core.context import WorkerContext, gpu_tokens
 from tinyllama_lab.core.engines.base import ADAPTER_BYTES, Engine, WorkItem
 from tinyllama_lab.core.engines.packed.engine import CACHE_SHARE, PackedEngine
-from tinyllama_lab.core.engines.packed.llama import why_not_packed
 from tinyllama_lab.core.engines.peft import PeftEngine
 from tinyllama_lab.core.forecast.machine import Machine
 from tinyllama_lab.core.forecast.rows import ROUNDS, Rows
@@ -112,14 +111,12 @@ class Forecaster:
         """`stored` is `Base.weights`, by which measured speeds are found."""
         self._outline, self._machine = outline, machine
         self._hardware = hardware
-        reason = why_not_packed(outline.model)
-        self.not_packed = reason or ("int8" if outline.quant.kind == "int8" else None)
         model, tokenizer = outline.model, cast(Any, None)  # rows are tokens already
         parameters = sum(p.numel() for p in model.parameters())
         self._base = Base(
             model, tokenizer, machine.device, outline.dtype, parameters, weights=stored
         )
-        keeps = hardware.keep_dequantized and not self.not_packed
+        keeps = hardware.keep_dequantized and outline.quant.kind in ("nf4", "fp4")
         self.weights_mib = outline.weights_mib + (outline.dense_mib() if keeps else 0.0)
         self.baseline_mib = machine.process_mib + self.weights_mib
         self.room_mib = machine.free_mib - self.baseline_mib
@@ -149,7 +146,7 @@ class Forecaster:
 
     def is_packed(self, lora: LoraConfig) -> bool:
         """Return whether adapters of this kind train together."""
-        return not (self.not_packed or VARIANTS[lora.variant].not_packed)
+        return not VARIANTS[lora.variant].not_packed
 
     def size(self, lora: LoraConfig) -> tuple[int, float]:
         """Return the trained values of an adapter, and MiB of its file."""

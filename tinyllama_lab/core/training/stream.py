@@ -14,8 +14,9 @@ from typing import Any
 from tinyllama_lab.config.variants import VARIANTS
 from tinyllama_lab.core.context import WorkerContext
 from tinyllama_lab.core.engines.base import Engine
+from tinyllama_lab.core.training.pack_check import why_not_packed
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
-from tinyllama_lab.core.engines.packed.llama import why_not_packed
+from tinyllama_lab.core.engines.packed.llama import why_not_llama
 from tinyllama_lab.core.engines.peft import PeftEngine
 from tinyllama_lab.core.evaluation.bases import Bases
 from tinyllama_lab.core.models import lora
@@ -35,6 +36,8 @@ class TrialStream:
         self._arrivals = arrivals
         self._packed: list[Attempt] = []
         self._unpacked: list[Attempt] = []
+        # while no adapter is attached: PEFT replaces the modules that this looks at
+        self._reason = why_not_packed(context.base)
         self._add(tasks)
 
     @property
@@ -80,7 +83,7 @@ class TrialStream:
         # a restarted worker reads all tasks again, also those that already have a result
         open_tasks = [task for task in tasks if task.read_result() is None]
         attempts = make_attempts(self._context, open_tasks)
-        packed, unpacked = split_by_engine(self._context.base, attempts)
+        packed, unpacked = split_by_engine(self._context.base, attempts, self._reason)
         self._packed += packed
         self._unpacked += unpacked
 
@@ -106,14 +109,15 @@ def run_stream(
 
 
 def split_by_engine(
-    base: Base, attempts: Sequence[Attempt]
+    base: Base, attempts: Sequence[Attempt], reason: str | None
 ) -> tuple[list[Attempt], list[Attempt]]:
     """Return the attempts that can be packed, and those that need PEFT; others fail here.
 
-    Each result records its engine, and why it was not the packed one.
+    Each result records its engine, and why it was not the fastest one. `reason` is why no adapter
+    of the base can be packed.
     """
-    # while no adapter is attached: PEFT replaces the modules that this looks at
-    reason = why_not_packed(base.model)
+    slower = why_not_llama(base.model)
+    engine = f"packed in transformers ({slower})" if slower else "packed"
     packed: list[Attempt] = []
     unpacked: list[Attempt] = []
     for attempt in attempts:
@@ -128,7 +132,7 @@ def split_by_engine(
         why = VARIANTS[attempt.science.lora.variant].not_packed or reason
         if why:
             attempt.log.append("note", text=f"trains one adapter at a time, not in a pack: {why}")
-        attempt.result.environment["engine"] = "packed" if why is None else f"peft ({why})"
+        attempt.result.environment["engine"] = engine if why is None else f"peft ({why})"
         (unpacked if why else packed).append(attempt)
     return packed, unpacked
 

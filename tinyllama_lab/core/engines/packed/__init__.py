@@ -1,4 +1,4 @@
-"""Many LoRA adapters in one forward and backward pass of one frozen Llama.
+"""Many LoRA adapters in one forward and backward pass of one frozen base.
 
 PEFT runs one adapter at a time: a sweep of 12 trials pays for the frozen base 12 times, each time
 with a small batch. This package puts the examples of all trials into common micro-batches. The
@@ -60,4 +60,8 @@ computes the loss of labels in chunks, so that `[labels, vocabulary]` never exis
 `adapter.py` and `layout.py` hold an adapter as one flat vector, so that clipping and AdamW are a
 few kernels; `decode.py` generates tokens with a cache of keys and values; `llama.py` is the
 model, and `engine.py` is what the training loop sees.
+
+All of this is the pass of Llama. Other decoders run in transformers' own forward pass
+(`any_decoder.py`), whose linear layers are those of `linear.py`, and whose attention is `apart.py`.
+`training/pack_check.py` tries it on a base before it is used.
 """

@@ -1,4 +1,4 @@
-"""The packed engine: the adapters of one pack over one frozen Llama."""
+"""The packed engine: the adapters of one pack over one frozen base."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from tinyllama_lab.config.schema import LoraConfig
 from tinyllama_lab.core.engines.base import ADAPTER_BYTES, WorkItem, by_adapter
 from tinyllama_lab.core.engines.packed import fused_gpu
 from tinyllama_lab.core.engines.packed.adapter import PackedAdapter, Storage
+from tinyllama_lab.core.engines.packed.any_decoder import AnyDecoder
 from tinyllama_lab.core.engines.packed.batch import lay_out
 from tinyllama_lab.core.engines.packed.decode import decode
 from tinyllama_lab.core.engines.packed.layout import Layout
-from tinyllama_lab.core.engines.packed.llama import FrozenLlama
+from tinyllama_lab.core.engines.packed.llama import FrozenLlama, why_not_llama
 from tinyllama_lab.core.engines.packed.varlen import can_run
 from tinyllama_lab.core.engines.sampling import TokenSampling
 from tinyllama_lab.core.models import lora
@@ -56,7 +57,11 @@ class PackedEngine:
             triton = base.device.type == "cuda" and fused_gpu.works_on(base.device, base.dtype)
         self._triton = mixed and triton
         self._cache_mib = _cache_mib(base.device) if cache_mib is None else cache_mib
-        self.llama = FrozenLlama(base.model, base.dtype, keep_dequantized)
+        self.model: FrozenLlama | AnyDecoder
+        if why_not_llama(base.model) is None:
+            self.model = FrozenLlama(base.model, base.dtype, keep_dequantized)
+        else:
+            self.model = AnyDecoder(base, keep_dequantized)
         self._last_initial: tuple[tuple[LoraConfig, int], Any, dict[str, torch.Tensor]] | None
         self._last_initial = None
 
@@ -67,7 +72,7 @@ class PackedEngine:
         storage = Storage.new(layout.size, self._base.dtype, self._base.device)
         adapter = PackedAdapter(layout, storage, settings, initial, seed)
         if self._triton:
-            adapter.use_kernels(self.llama.module_numbers)
+            adapter.use_kernels(self.model.module_numbers)
         return adapter
 
     def _initial(self, config: LoraConfig, seed: int) -> tuple[Any, dict[str, torch.Tensor]]:
@@ -112,11 +117,12 @@ class PackedEngine:
     @property
     def grows_evenly(self) -> bool:
         """Return whether attention keeps as much for every token, however long the row."""
-        return can_run(self._base.device, self._base.dtype)
+        of_llama = isinstance(self.model, FrozenLlama)
+        return of_llama and can_run(self._base.device, self._base.dtype)
 
     def checkpoint_activations(self, enabled: bool) -> None:
         """Turn recomputing the activations of every block in backward on or off."""
-        self.llama.checkpointing = enabled
+        self.model.checkpointing = enabled
 
     def micro_batches(
         self, items: Sequence[WorkItem[PackedAdapter]], max_tokens: int
@@ -127,7 +133,7 @@ class PackedEngine:
     def example_losses(self, items: Sequence[WorkItem[PackedAdapter]]) -> torch.Tensor:
         """Return the summed cross entropy (nats) of each item's labels, `[items]` in float64."""
         batch = lay_out(items, self._base.device)
-        losses = self.llama.losses(batch).double()
+        losses = self.model.losses(batch).double()
         return losses.new_zeros(len(items)).index_add(0, batch.owners, losses)
 
     def generate(
@@ -139,19 +145,19 @@ class PackedEngine:
         on_token: Callable[[], None] | None = None,
     ) -> list[list[int]]:
         """Return the new token ids of every item; all adapters share the forward pass."""
-        ends = self._base.end_ids if stop else ()
-        return [
-            completion
-            for group in self.groups(items)
-            for completion in decode(self.llama, group, tokens, ends, sampling, on_token)
-        ]
+        completions: list[list[int]] = []
+        for group in self.groups(items):
+            if isinstance(self.model, FrozenLlama):
+                ends = self._base.end_ids if stop else ()
+                completions += decode(self.model, group, tokens, ends, sampling, on_token)
+            else:
+                completions += self.model.generate(group, tokens, stop, sampling, on_token)
+        return completions
 
     def max_prompts(self, items: Sequence[WorkItem[PackedAdapter]], tokens: int) -> int:
         """Return how many prompts have room for their key and value caches."""
-        heads, layers = self.llama.heads, len(self.llama.layers)
         longest = max(len(item.example.prompt_ids) for item in items) + tokens
-        row = 2 * layers * heads.keys * heads.size * longest * self._base.dtype.itemsize
-        return max(1, self._cache_mib * MIB // row)
+        return max(1, self._cache_mib * MIB // self.model.cache_bytes(longest))
 
     def remove(self, adapter: PackedAdapter) -> None:
         """Do nothing: the memory is freed with the last reference to the adapter."""

@@ -13,7 +13,7 @@ from tinyllama_lab.core.engines.packed.adapter import Pairs
 from tinyllama_lab.core.engines.packed.batch import PackedBatch
 from tinyllama_lab.core.engines.packed.dropout import mask
 from tinyllama_lab.core.engines.packed.elementwise import Step
-from tinyllama_lab.core.engines.packed.segments import ModuleColumns, Segments
+from tinyllama_lab.core.engines.packed.segments import ModuleColumns
 from tinyllama_lab.core.engines.packed.weights import FrozenWeight
 
 
@@ -53,6 +53,33 @@ class PackedLinear:
         result: torch.Tensor = _Apply.apply(source, self, batch)
         return result
 
+    def add(self, x: torch.Tensor, result: torch.Tensor, batch: PackedBatch) -> list[torch.Tensor]:
+        """Add the updates of all adapters to `result [tokens, outputs]`, in place.
+
+        Returns:
+            What `add_gradients` needs beside x.
+        """
+        if batch.segments is None:
+            return [_add_lora(part, x, result[part.rows]) for part in self.parts(batch)]
+        if batch.segments.adapts(self.columns):
+            return [batch.segments.forward(self.columns, x, result)]
+        return []
+
+    def add_gradients(
+        self,
+        inner: Sequence[torch.Tensor],
+        x: torch.Tensor,
+        grad: torch.Tensor,
+        grad_x: torch.Tensor,
+        batch: PackedBatch,
+    ) -> None:
+        """Add to the adapters' gradients and to `grad_x [tokens, inputs]`, all in place."""
+        if batch.segments is None:
+            for part, h in zip(self.parts(batch), inner, strict=True):
+                _add_gradients(part, h, x, grad, grad_x)
+        elif inner:
+            batch.segments.backward(self.columns, x, inner[0], grad, grad_x)
+
     def parts(self, batch: PackedBatch) -> Iterator[Part]:
         """Yield every adapter on every module.
 
@@ -82,12 +109,7 @@ class _Apply(torch.autograd.Function):
         x, saved = linear.step.forward(source)
         result = x @ linear.weight.dense().T
         # kept for backward: the small `h` of every adapter, but not x, which is recomputed
-        inner = []
-        if batch.segments is None:
-            for part in linear.parts(batch):
-                inner.append(_add_lora(part, x, result[part.rows]))
-        elif batch.segments.adapts(linear.columns):
-            inner.append(batch.segments.forward(linear.columns, x, result))
+        inner = linear.add(x, result, batch)
         ctx.linear, ctx.batch = linear, batch
         ctx.save_for_backward(source, saved, *inner)
         return result
@@ -97,15 +119,10 @@ class _Apply(torch.autograd.Function):
         source, saved, *inner = ctx.saved_tensors
         linear: PackedLinear = ctx.linear
         grad_x = grad @ linear.weight.dense()
-        segments: Segments | None = ctx.batch.segments
         # only the gradients of adapters read x: without an adapter on this layer, nothing is
         # saved in `inner`, x is never used, and recomputing it would be wasted
         x = linear.step.recompute(source, saved) if inner else source
-        if segments is None:
-            for part, h in zip(linear.parts(ctx.batch), inner, strict=True):
-                _add_gradients(part, h, x, grad, grad_x)
-        elif inner:
-            segments.backward(linear.columns, x, inner[0], grad, grad_x)
+        linear.add_gradients(inner, x, grad, grad_x, ctx.batch)
         return linear.step.backward(grad_x, source, saved), None, None
 
 

@@ -25,8 +25,8 @@ _ATTENTION = ("q_proj", "k_proj", "v_proj")
 _FIXED_ROTARY = ("default", "linear", "llama3")  # positions do not depend on the batch
 
 
-def why_not_packed(model: PreTrainedModel) -> str | None:
-    """Return why this forward pass does not support a model, or None if it does."""
+def why_not_llama(model: PreTrainedModel) -> str | None:
+    """Return why `FrozenLlama` does not support a model, or None if it does."""
     config: Any = model.config
     rotary = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if config.model_type != "llama":
@@ -146,6 +146,11 @@ class FrozenLlama:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the logits of every row of the residual stream, `[rows, vocabulary]`."""
         return self._norm.forward(hidden)[0] @ self._head.T
+
+    def cache_bytes(self, positions: int) -> int:
+        """Return the bytes that a row keeps of keys and values."""
+        values = 2 * len(self.layers) * self.heads.keys * self.heads.size * positions
+        return values * self.dtype.itemsize
 
     def rotary(self, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cosines and sines of at least `longest` positions, `[positions, size]` each."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 
 class FrozenWeight:
@@ -19,12 +20,15 @@ class FrozenWeight:
     """
 
     def __init__(
-        self, modules: Sequence[nn.Linear], dtype: torch.dtype, keep_dequantized: bool = False
+        self,
+        modules: Sequence[nn.Linear | Conv1D],
+        dtype: torch.dtype,
+        keep_dequantized: bool = False,
     ) -> None:
         self._modules = list(modules)
         self._dtype = dtype
-        self.inputs = modules[0].in_features
-        self.outputs = [module.out_features for module in modules]
+        self.inputs = _sizes(modules[0])[1]
+        self.outputs = [_sizes(module)[0] for module in modules]
         self._packed_4bit: torch.Tensor | None = None
         self._dense: torch.Tensor | None = None
         if not self.is_quantized:
@@ -76,16 +80,24 @@ def _scales(state: Any) -> torch.Tensor:
     return scales.float()
 
 
-def _end_with_a_block(modules: Sequence[nn.Linear]) -> bool:
+def _end_with_a_block(modules: Sequence[nn.Linear | Conv1D]) -> bool:
     """Return whether no quantization block would span two modules."""
     weights: list[Any] = [module.weight for module in modules]
     states = [weight.quant_state for weight in weights]
     return all(state.shape.numel() % state.blocksize == 0 for state in states)
 
 
-def _side_by_side(modules: Sequence[nn.Linear]) -> torch.Tensor:
+def _sizes(module: nn.Linear | Conv1D) -> tuple[int, int]:
+    """Return the outputs and inputs of a linear layer."""
+    if isinstance(module, Conv1D):  # GPT-2's, whose weight is `[inputs, outputs]`
+        return module.weight.shape[1], module.weight.shape[0]
+    return module.out_features, module.in_features
+
+
+def _side_by_side(modules: Sequence[nn.Linear | Conv1D]) -> torch.Tensor:
     if len(modules) == 1:
-        return modules[0].weight.data
+        weight = modules[0].weight.data
+        return weight.T if isinstance(modules[0], Conv1D) else weight
     matrix = torch.cat([module.weight.data for module in modules])
     sizes = [len(module.weight.data) for module in modules]
     for part, module in zip(matrix.split(sizes), modules, strict=True):

@@ -1,0 +1,129 @@
+"""Packed batches in transformers' own forward pass equal PEFT with one adapter alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from tests.decoders import DECODERS, decoder
+from tests.llamas import base_of, example, examples, gradients, items_of, make_b_random, settings
+from tinyllama_lab.config.schema import LoraConfig
+from tinyllama_lab.core.dataset.dataset import Example
+from tinyllama_lab.core.engines.base import WorkItem
+from tinyllama_lab.core.training import pack_check as check
+from tinyllama_lab.core.engines.packed.any_decoder import AnyDecoder
+from tinyllama_lab.core.engines.packed.engine import PackedEngine
+from tinyllama_lab.core.engines.peft import PeftEngine
+
+LENGTHS = (40, 90, 33, 5, 60, 1)  # beyond the sliding windows, and within them
+ADAPTERS = [settings(r=4), settings(r=8, variant="rslora"), settings(r=3)]
+# the caps of Gemma 2 make PEFT's own gradients in float32 differ by 4e-5 from those in float64
+APART = {"gemma2": 5e-5}
+OTHERS = [name for name in DECODERS if name != "llama"]
+
+
+def alone(
+    model: PreTrainedModel, config: LoraConfig, seed: int, rows: list[Example]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Losses of every row alone, and the gradient of their sum, in PEFT."""
+    engine: Any = PeftEngine(base_of(model))
+    adapter = engine.add(config, seed)
+    make_b_random(adapter, seed)
+    losses = [engine.example_losses([WorkItem(adapter, row)]) for row in rows]
+    torch.cat(losses).sum().backward()
+    found = gradients(adapter)
+    engine.remove(adapter)
+    return torch.cat(losses).detach(), found
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("name", OTHERS)
+def test_losses_and_gradients_are_those_of_each_adapter_alone(name: str, recomputed: bool) -> None:
+    model, rows = decoder(name), examples(LENGTHS)
+    expected = [alone(model, config, n, rows) for n, config in enumerate(ADAPTERS)]
+    engine = PackedEngine(base_of(model))
+    assert isinstance(engine.model, AnyDecoder)
+    engine.checkpoint_activations(recomputed)
+    adapters = [engine.add(config, n) for n, config in enumerate(ADAPTERS)]
+    for number, adapter in enumerate(adapters):
+        make_b_random(adapter, number)
+    items: list[WorkItem[Any]] = [i for adapter in adapters for i in items_of(adapter, rows)]
+    losses = engine.example_losses([*items, *items_of(None, rows)])
+    losses.sum().backward()
+    for number, (adapter, (of_rows, of_matrices)) in enumerate(
+        zip(adapters, expected, strict=True)
+    ):
+        found = losses[number * len(rows) : (number + 1) * len(rows)].detach()
+        torch.testing.assert_close(found, of_rows, rtol=1e-5, atol=1e-5)
+        for key, matrix in gradients(adapter).items():
+            apart = (matrix - of_matrices[key]).norm() / of_matrices[key].norm()
+            assert apart <= APART.get(name, 1e-5), key
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_generations_are_those_of_transformers_with_its_cache(name: str) -> None:
+    model = decoder(name)
+    prompts = [replace(row, prompt_ids=row.ids) for row in examples((9, 45, 14))]
+    engine, one = PackedEngine(base_of(model)), PeftEngine(base_of(model))
+    adapters = [engine.add(config, n) for n, config in enumerate(ADAPTERS)]
+    for number, adapter in enumerate(adapters):
+        make_b_random(adapter, number)
+    items: list[WorkItem[Any]] = [i for adapter in adapters for i in items_of(adapter, prompts)]
+    found = iter(engine.generate([*items, *items_of(None, prompts)], 6, stop=False))
+    for number, config in enumerate([*ADAPTERS, None]):
+        adapter_of_peft: Any = one.add(config, number) if config else None
+        if adapter_of_peft:
+            make_b_random(adapter_of_peft, number)
+        for prompt in prompts:
+            (expected,) = one.generate([WorkItem(adapter_of_peft, prompt)], 6, stop=False)
+            assert next(found) == expected
+        if adapter_of_peft:
+            one.remove(adapter_of_peft)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_model_that_packs_passes_its_check(name: str) -> None:
+    assert check.why_not_packed(base_of(decoder(name))) is None
+
+
+class MixesTokens(nn.Module):
+    """Passes the last token's state on to the next, across the borders of sequences."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden + hidden.roll(1, dims=1)
+
+
+def test_a_model_that_mixes_sequences_is_found_out_and_trained_by_peft() -> None:
+    model: Any = decoder("qwen3")
+    model.model.layers[1].input_layernorm = nn.Sequential(
+        model.model.layers[1].input_layernorm, MixesTokens()
+    )
+    reason = check.why_not_packed(base_of(model))
+    assert reason is not None and "other losses than in PEFT" in reason
+
+
+def test_a_model_with_another_attention_is_found_out() -> None:
+    model: Any = decoder("qwen3")
+    for layer in model.model.layers:
+        inner = layer.self_attn.forward
+
+        def with_sinks(*args: Any, inner: Any = inner, **kwargs: Any) -> Any:
+            return inner(*args, **kwargs, s_aux=torch.zeros(4))
+
+        layer.self_attn.forward = with_sinks
+    reason = check.why_not_packed(base_of(model))
+    assert reason is not None and "s_aux" in reason
+
+
+def test_outside_of_a_pass_the_model_is_unchanged() -> None:
+    model, row = decoder("qwen2"), example(12)
+    ids = torch.tensor([row.ids])
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        PackedEngine(base_of(model))
+        torch.testing.assert_close(model(input_ids=ids).logits, before, rtol=0, atol=0)

@@ -1,0 +1,263 @@
+"""Packed batches in the forward pass of any decoder that transformers has.
+
+The sequences of all adapters lie end to end in one row of tokens, each with its own positions.
+Linear layers add to every token what its adapter adds, and attention, which transformers takes
+from a registry, keeps sequences apart. So nothing of an architecture is written here again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
+
+from tinyllama_lab.core.engines.base import WorkItem
+from tinyllama_lab.core.engines.generate import generate
+from tinyllama_lab.core.engines.packed.adapter import PackedAdapter
+from tinyllama_lab.core.engines.packed.apart import Sequences, attend_apart
+from tinyllama_lab.core.engines.packed.batch import PackedBatch, spans_of
+from tinyllama_lab.core.engines.packed.elementwise import Plain
+from tinyllama_lab.core.engines.packed.head import HeadLoss
+from tinyllama_lab.core.engines.packed.linear import PackedLinear
+from tinyllama_lab.core.engines.packed.segments import ModuleColumns
+from tinyllama_lab.core.engines.packed.weights import FrozenWeight
+from tinyllama_lab.core.engines.sampling import TokenSampling
+from tinyllama_lab.core.models.loading import Base
+
+ATTENTION = "packed_sequences"  # its name in transformers' registry
+
+
+class UnknownPassError(Exception):
+    """A model does with tokens what packed batches do not allow; the message says what."""
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """What the modules of a model read while items run through them.
+
+    In a packed pass, all tokens are one row. Else every item is a row of a padded batch, and
+    attention is transformers' own.
+    """
+
+    adapters: list[PackedAdapter | None]  # of every item
+    packed: PackedBatch | None = None
+    sequences: Sequences | None = None
+    padded: dict[int, PackedBatch] = field(default_factory=dict)  # by the length of the rows
+
+    def batch(self, shape: torch.Size) -> PackedBatch:
+        """Return the batch to which tokens of this shape, `[rows, length, size]`, belong."""
+        if self.packed is not None:
+            rows, length = 1, len(self.packed.ids)
+        else:
+            rows, length = len(self.adapters), shape[1] if len(shape) == 3 else 0
+        if shape[:-1] != (rows, length):
+            raise UnknownPassError(f"a linear layer gets {tuple(shape)} instead of all tokens")
+        if self.packed is not None:
+            return self.packed
+        if length not in self.padded:
+            none, lengths = torch.empty(0, dtype=torch.long), [length] * rows
+            spans = spans_of(self.adapters, lengths)
+            self.padded[length] = PackedBatch(none, lengths, spans, none, none, none)
+        return self.padded[length]
+
+
+# also set while a block is computed again in backward, which may run in another thread
+_PASS: ContextVar[_Pass | None] = ContextVar("packed pass", default=None)
+
+
+def _attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    current = _PASS.get()
+    if current is None or current.sequences is None or attention_mask is not None:
+        raise UnknownPassError("its attention runs outside of the model, or with its own mask")
+    return attend_apart(query, key, value, current.sequences, **options), None
+
+
+AttentionInterface.register(ATTENTION, _attention)
+
+
+class AnyDecoder:
+    """The forward pass of a transformers model, with the adapters of a batch.
+
+    The modules of the model are the same as before. Outside of these methods they do what they
+    did.
+    """
+
+    def __init__(self, base: Base, keep_dequantized: bool = False) -> None:
+        """Wrap the linear layers and blocks; `keep_dequantized` as in `FrozenWeight`."""
+        self._base = base
+        self._model: Any = base.model
+        self._backbone: Any = getattr(self._model, self._model.base_model_prefix)
+        self._embedding: Any = self._model.get_input_embeddings()
+        self._head: Any = self._model.get_output_embeddings()
+        self.device = base.device
+        self.checkpointing = False
+        self.module_numbers: dict[str, int] = {}  # of every adaptable module, by name
+        self._has_plain_head: bool | None = None  # not known yet
+        for name, module in self._model.named_modules():
+            if isinstance(module, nn.Linear | Conv1D) and module is not self._head:
+                self._wrap_linear(name, module, keep_dequantized)
+            elif isinstance(module, GradientCheckpointingLayer):
+                module.forward = partial(self._block, _forward_of(module))
+
+    def _wrap_linear(self, name: str, module: Any, keep_dequantized: bool) -> None:
+        forward, number = _forward_of(module), len(self.module_numbers)
+        self.module_numbers[name] = number
+        if hasattr(module, "state"):  # int8, whose matmul is more than one with a matrix
+            weight: Any = _Size(module.in_features, [module.out_features])
+        else:
+            weight = FrozenWeight([module], self._base.dtype, keep_dequantized)
+        columns = ModuleColumns(number, weight.inputs, weight.outputs, self.device)
+        linear = PackedLinear(Plain(), weight, [name], columns)
+        module.forward = partial(_linear, linear, forward, module.bias)
+
+    def _block(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a block, of which backward may compute the activations again."""
+        current = _PASS.get()
+        if current is None or not (self.checkpointing and torch.is_grad_enabled()):
+            return forward(*args, **kwargs)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with self._running(current):
+                return forward(*args, **kwargs)
+
+        return checkpoint(run, *args, use_reentrant=False, **kwargs)
+
+    @contextmanager
+    def _running(self, current: _Pass) -> Iterator[None]:
+        config: Any = self._model.config
+        before, token = config._attn_implementation, _PASS.set(current)
+        if current.sequences is not None:
+            config._attn_implementation = ATTENTION
+        try:
+            yield
+        finally:
+            config._attn_implementation = before
+            _PASS.reset(token)
+
+    def losses(self, batch: PackedBatch) -> torch.Tensor:
+        """Return the cross entropy (nats) of every label, `[labels]` in float32."""
+        # no dropout of the base: its random numbers would depend on the rest of the pack
+        self._model.eval()
+        positions = torch.cat([torch.arange(length) for length in batch.lengths])
+        inputs: dict[str, Any] = {
+            "position_ids": positions[None].to(self.device, non_blocking=True),
+            "use_cache": False,
+        }
+        with self._running(_Pass([], batch, Sequences.of(batch))):
+            inputs["inputs_embeds"] = self._embedding(batch.ids[None])
+            if torch.is_grad_enabled():
+                # so that autograd runs the backward of the linear layers
+                inputs["inputs_embeds"].requires_grad_()
+            if self._is_head_plain(inputs):
+                hidden = self._backbone(**inputs).last_hidden_state[0]
+                # labels alone go through the head: no other token has a loss
+                hidden = hidden.index_select(0, batch.label_at)
+                return HeadLoss.apply(hidden, self._head.weight, batch.targets)
+            logits = self._model(**inputs, logits_to_keep=batch.label_at).logits[0]
+        return functional.cross_entropy(logits.float(), batch.targets, reduction="none")
+
+    @torch.no_grad()
+    def _is_head_plain(self, inputs: dict[str, Any]) -> bool:
+        """Return whether logits are the last hidden state times a matrix, and nothing else.
+
+        Tried once. Others (soft caps, scales, biases) pay for all logits at the same time.
+        """
+        if self._has_plain_head is None:
+            at = torch.arange(min(2, inputs["inputs_embeds"].shape[1]), device=self.device)
+            hidden = self._backbone(**inputs).last_hidden_state[0, at]
+            logits = self._model(**inputs, logits_to_keep=at).logits[0]
+            expected = hidden @ self._head.weight.T
+            apart = (logits - expected).abs().max()
+            self._has_plain_head = bool(apart <= 1e-3 * expected.abs().max())
+        return self._has_plain_head
+
+    def generate(
+        self,
+        items: Sequence[WorkItem[PackedAdapter]],
+        tokens: int,
+        stop: bool,
+        sampling: TokenSampling | None,
+        on_token: Callable[[], None] | None,
+    ) -> list[list[int]]:
+        """Return the new token ids of every item; see `Engine.generate`."""
+        with self._running(_Pass([item.adapter for item in items])):
+            examples = [item.example for item in items]
+            return generate(self._base, examples, tokens, stop, sampling, on_token)
+
+    def cache_bytes(self, positions: int) -> int:
+        """Return the bytes that a row keeps of keys and values."""
+        config: Any = self._model.config
+        queries = config.num_attention_heads
+        heads = getattr(config, "num_key_value_heads", None) or queries
+        size = getattr(config, "head_dim", None) or config.hidden_size // queries
+        values = 2 * config.num_hidden_layers * heads * size * positions
+        return int(values * self._base.dtype.itemsize)
+
+
+def _forward_of(module: nn.Module) -> Callable[..., Any]:
+    """Return a module's own forward pass, also where an earlier decoder has wrapped it."""
+    return partial(type(module).forward, module)
+
+
+@dataclass(frozen=True)
+class _Size:
+    """Of a weight that only its own module reads."""
+
+    inputs: int
+    outputs: list[int]
+
+
+def _linear(
+    linear: PackedLinear,
+    forward: Callable[[torch.Tensor], torch.Tensor],
+    bias: torch.Tensor | None,
+    x: torch.Tensor,
+) -> torch.Tensor:
+    current = _PASS.get()
+    if current is None:
+        return forward(x)
+    batch, rows = current.batch(x.shape), x.reshape(-1, x.shape[-1])
+    if isinstance(linear.weight, _Size):
+        y: torch.Tensor = _Added.apply(forward(x).flatten(0, -2), rows, linear, batch)
+    else:
+        y = linear(rows, batch)
+        y = y if bias is None else y + bias
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+class _Added(torch.autograd.Function):
+    """What adapters add to the output of a layer that computes its own."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: torch.Tensor, x: torch.Tensor, linear: PackedLinear, batch: PackedBatch
+    ) -> torch.Tensor:
+        result = y.clone()
+        ctx.linear, ctx.batch = linear, batch
+        ctx.save_for_backward(x, *linear.add(x, result, batch))
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, *inner = ctx.saved_tensors
+        grad_x = torch.zeros_like(x)
+        ctx.linear.add_gradients(inner, x, grad, grad_x, ctx.batch)
+        return grad, grad_x, None, None

@@ -1,0 +1,128 @@
+"""Attention for transformers' own forward passes: sequences that lie end to end, kept apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from tinyllama_lab.core.engines.packed.batch import PackedBatch
+
+
+class UnknownAttentionError(Exception):
+    """A model asks for attention that is not known here; the message says which."""
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Where the tokens of a batch stand in padded rows; the same in all layers.
+
+    Attributes:
+        buckets: tokens of the rows of every bucket, `[rows, longest]`; padding repeats the last
+            token of a row.
+        back: where every token stands in the rows of all buckets one after another, `[tokens]`.
+    """
+
+    buckets: list[torch.Tensor]
+    back: torch.Tensor
+
+    @classmethod
+    def of(cls, batch: PackedBatch) -> Sequences:
+        """Return the rows of a batch."""
+        starts, lengths = torch.tensor(batch.starts), torch.tensor(batch.lengths)
+        buckets, count, device = [], 0, batch.ids.device
+        back = torch.empty(int(lengths.sum()), dtype=torch.long)
+        for bucket in batch.buckets():
+            numbers, step = torch.tensor(bucket.sequences), torch.arange(bucket.longest)
+            first, sizes = starts[numbers, None], lengths[numbers, None]
+            tokens = first + torch.minimum(step, sizes - 1)
+            real = step < sizes
+            back[tokens[real]] = count + real.flatten().nonzero()[:, 0]
+            count += tokens.numel()
+            buckets.append(tokens.to(device, non_blocking=True))
+        return cls(buckets, back.to(device, non_blocking=True))
+
+
+def attend_apart(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sequences: Sequences,
+    **options: Any,
+) -> torch.Tensor:
+    """Return causal attention within every sequence, `[1, tokens, heads, size]`.
+
+    Args:
+        query: `[1, heads, tokens, size]`.
+        key: `[1, key heads, tokens, size]`.
+        value: like `key`.
+        sequences: of the batch.
+        options: what transformers passes to every attention function.
+
+    Raises:
+        UnknownAttentionError: an option asks for more than is known here.
+    """
+    scaling, window, softcap = _options(**options)
+    heads = [x[0].transpose(0, 1) for x in (query, key, value)]
+    results = []
+    for tokens in sequences.buckets:
+        q, k, v = (x[tokens].transpose(1, 2) for x in heads)
+        ahead = _hidden(tokens.shape[1], window, q.device)
+        if softcap is not None:
+            result = _capped(q, k, v, scaling, softcap, ahead)
+        else:
+            is_plain = window is None or tokens.shape[1] <= window
+            result = functional.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=None if is_plain else ~ahead,
+                is_causal=is_plain,
+                scale=scaling,
+                enable_gqa=q.shape[1] != k.shape[1],
+            )
+        results.append(result.transpose(1, 2).flatten(0, 1))
+    return torch.cat(results).index_select(0, sequences.back)[None]
+
+
+def _options(
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    position_ids: torch.Tensor | None = None,
+    **others: Any,
+) -> tuple[float | None, int | None, float | None]:
+    unknown = [name for name, value in others.items() if isinstance(value, torch.Tensor)]
+    unknown += ["dropout"] * (dropout > 0) + ["is_causal=False"] * (is_causal is False)
+    if unknown:
+        raise UnknownAttentionError(f"its attention takes {', '.join(unknown)}")
+    return scaling, sliding_window, softcap
+
+
+def _hidden(length: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """Return which keys a query does not see, `[length, length]`."""
+    step = torch.arange(length, device=device)
+    distance = step[:, None] - step
+    hidden = distance < 0
+    return hidden if window is None else hidden | (distance >= window)
+
+
+def _capped(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scaling: float | None,
+    softcap: float,
+    hidden: torch.Tensor,
+) -> torch.Tensor:
+    """Return attention whose scores stay within `softcap` (arXiv 2408.00118)."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = torch.tanh(q @ k.transpose(2, 3) * (scale / softcap)) * softcap
+    scores = scores.masked_fill(hidden, -torch.inf)
+    return functional.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype) @ v

@@ -1,0 +1,94 @@
+"""Finds out whether packed batches of a base give what PEFT gives, before anything is trained.
+
+An architecture that nobody has tested is then slow, never wrong.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tinyllama_lab.config.schema import LoraConfig
+from tinyllama_lab.core.context import raise_if_fatal
+from tinyllama_lab.core.dataset.example import Example
+from tinyllama_lab.core.engines.base import Engine, WorkItem
+from tinyllama_lab.core.engines.packed.engine import PackedEngine
+from tinyllama_lab.core.engines.packed.llama import why_not_llama
+from tinyllama_lab.core.engines.peft import PeftEngine
+from tinyllama_lab.core.models.loading import Base
+
+LENGTHS = (21, 9, 18)  # tokens of the rows: two share a bucket of attention, one has its own
+LONGEST_WINDOW = 1024  # where a sliding window is no longer, a row goes beyond it
+SCALE = 0.02  # of the random B
+# what losses and gradients may differ by, as a share; half precision has 3 digits
+SHARE, SHARE_IN_HALF = 1e-3, 0.05
+_LORA = LoraConfig(r=2, alpha=None, dropout=0.0, targets="all_linear", variant="lora")
+
+
+def why_not_packed(base: Base) -> str | None:
+    """Return why adapters of a base cannot train together, or None if they can.
+
+    The forward pass of Llama is that of the tests. Any other is tried here, on a few rows.
+    """
+    if why_not_llama(base.model) is None:
+        return None
+    rows = _rows(base)
+    try:
+        losses, gradient = _tried(PackedEngine(base), rows, together=True)
+        expected, of_peft = _tried(PeftEngine(base), rows, together=False)
+    except Exception as error:
+        raise_if_fatal(error)
+        return f"packed batches do not run: {error}"
+    share = SHARE if base.dtype == torch.float32 else SHARE_IN_HALF
+    apart = ((losses - expected).abs().max() / expected.abs().mean()).item()
+    if apart > share:
+        return f"packed rows have other losses than in PEFT, by {apart:.1%}"
+    apart = ((gradient - of_peft).norm() / of_peft.norm()).item()
+    return f"packed gradients differ from PEFT's by {apart:.1%}" if apart > share else None
+
+
+def _rows(base: Base) -> list[Example]:
+    """Return rows of random tokens, of which one is longer than a sliding window."""
+    config: Any = base.model.config
+    window = getattr(config, "sliding_window", None)
+    lengths = [*LENGTHS]
+    if isinstance(window, int) and window <= LONGEST_WINDOW:
+        lengths.append(window + 5)
+    draw = torch.Generator().manual_seed(0)
+    rows = []
+    for length in lengths:
+        ids = tuple(torch.randint(config.vocab_size, (length,), generator=draw).tolist())
+        rows.append(Example(ids, (True,) * length, (), "", "", ""))
+    return rows
+
+
+def _tried(
+    engine: Engine[Any], rows: list[Example], together: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the loss of every row with an adapter and without one, and the adapter's gradient."""
+    adapter = engine.add(_LORA, 0)
+    try:
+        named = adapter.named(adapter.parameters)
+        draw = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for name in sorted(named):
+                if ".lora_B." in name:
+                    noise = torch.randn(named[name].shape, generator=draw)
+                    named[name] = (SCALE * noise).to(named[name])
+            for parameter, value in zip(adapter.parameters, adapter.values(named), strict=True):
+                parameter.copy_(value)
+        adapter.updated()
+        items = [WorkItem(wearer, row) for wearer in (adapter, None) for row in rows]
+        batches = [items] if together else [[item] for item in items]
+        losses = []
+        for batch in batches:
+            found = engine.example_losses(batch)
+            if found.requires_grad:
+                found.sum().backward()
+            losses.append(found.detach())
+        values = adapter.named([p.grad for p in adapter.parameters if p.grad is not None])
+        gradient = torch.cat([values[name].float().flatten() for name in sorted(values)])
+    finally:
+        engine.remove(adapter)
+    return torch.cat(losses).cpu(), gradient.cpu()
