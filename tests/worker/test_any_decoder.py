@@ -15,10 +15,10 @@ from tests.llamas import base_of, example, examples, gradients, items_of, make_b
 from tinyllama_lab.config.schema import LoraConfig
 from tinyllama_lab.core.dataset.dataset import Example
 from tinyllama_lab.core.engines.base import WorkItem
-from tinyllama_lab.core.training import pack_check as check
 from tinyllama_lab.core.engines.packed.any_decoder import AnyDecoder
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
 from tinyllama_lab.core.engines.peft import PeftEngine
+from tinyllama_lab.core.training import pack_check as check
 
 LENGTHS = (40, 90, 33, 5, 60, 1)  # beyond the sliding windows, and within them
 ADAPTERS = [settings(r=4), settings(r=8, variant="rslora"), settings(r=3)]

@@ -14,7 +14,6 @@ from typing import Any
 from tinyllama_lab.config.variants import VARIANTS
 from tinyllama_lab.core.context import WorkerContext
 from tinyllama_lab.core.engines.base import Engine
-from tinyllama_lab.core.training.pack_check import why_not_packed
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
 from tinyllama_lab.core.engines.packed.llama import why_not_llama
 from tinyllama_lab.core.engines.peft import PeftEngine
@@ -22,6 +21,7 @@ from tinyllama_lab.core.evaluation.bases import Bases
 from tinyllama_lab.core.models import lora
 from tinyllama_lab.core.models.loading import Base
 from tinyllama_lab.core.training.attempt import Attempt, make_attempts
+from tinyllama_lab.core.training.pack_check import why_not_packed
 from tinyllama_lab.core.training.pool import Pool
 from tinyllama_lab.core.training.rungs import LOOK_EVERY_S
 from tinyllama_lab.errors import ModelError

@@ -62,6 +62,6 @@ few kernels; `decode.py` generates tokens with a cache of keys and values; `llam
 model, and `engine.py` is what the training loop sees.
 
 All of this is the pass of Llama. Other decoders run in transformers' own forward pass
-(`any_decoder.py`), whose linear layers are those of `linear.py`, and whose attention is `apart.py`.
+(`any_decoder.py`): its linear layers are those of `linear.py`, its attention is `apart.py`.
 `training/pack_check.py` tries it on a base before it is used.
 """
