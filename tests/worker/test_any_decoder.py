@@ -107,6 +107,13 @@ def test_a_model_that_mixes_sequences_is_found_out_and_trained_by_peft() -> None
     assert reason is not None and "other losses than in PEFT" in reason
 
 
+def test_losses_that_are_no_numbers_are_found_out() -> None:
+    model: Any = decoder("qwen3")
+    model.model.norm.weight.fill_(float("nan"))
+    reason = check.why_not_packed(base_of(model))
+    assert reason is not None and "nan" in reason
+
+
 def test_a_model_with_another_attention_is_found_out() -> None:
     model: Any = decoder("qwen3")
     for layer in model.model.layers:

@@ -204,7 +204,7 @@ class AnyDecoder:
 
     def cache_bytes(self, positions: int) -> int:
         """Return the bytes that a row keeps of keys and values."""
-        config: Any = self._model.config
+        config: Any = self._model.config.get_text_config()
         queries = config.num_attention_heads
         heads = getattr(config, "num_key_value_heads", None) or queries
         size = getattr(config, "head_dim", None) or config.hidden_size // queries

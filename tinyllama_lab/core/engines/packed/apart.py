@@ -69,16 +69,16 @@ def attend_apart(
     results = []
     for tokens in sequences.buckets:
         q, k, v = (x[tokens].transpose(1, 2) for x in heads)
-        ahead = _hidden(tokens.shape[1], window, q.device)
-        if softcap is not None:
-            result = _capped(q, k, v, scaling, softcap, ahead)
+        is_plain = softcap is None and (window is None or tokens.shape[1] <= window)
+        hidden = None if is_plain else _hidden(tokens.shape[1], window, q.device)
+        if softcap is not None and hidden is not None:
+            result = _capped(q, k, v, scaling, softcap, hidden)
         else:
-            is_plain = window is None or tokens.shape[1] <= window
             result = functional.scaled_dot_product_attention(
                 q,
                 k,
                 v,
-                attn_mask=None if is_plain else ~ahead,
+                attn_mask=None if hidden is None else ~hidden,
                 is_causal=is_plain,
                 scale=scaling,
                 enable_gqa=q.shape[1] != k.shape[1],
