@@ -127,6 +127,13 @@ def test_a_model_with_another_attention_is_found_out() -> None:
     assert reason is not None and "s_aux" in reason
 
 
+def test_a_window_that_stands_in_the_mask_alone_is_found_out() -> None:
+    model: Any = decoder("gpt_neox")
+    model.config.sliding_window = 4096  # no row of the check is as long
+    reason = check.why_not_packed(base_of(model))
+    assert reason is not None and "sliding_window that stands in its mask alone" in reason
+
+
 def test_outside_of_a_pass_the_model_is_unchanged() -> None:
     model, row = decoder("qwen2"), example(12)
     ids = torch.tensor([row.ids])

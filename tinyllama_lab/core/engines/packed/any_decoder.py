@@ -87,6 +87,10 @@ def _attention(
     current = _PASS.get()
     if current is None or current.sequences is None or attention_mask is not None:
         raise UnknownPassError("its attention runs outside of the model, or with its own mask")
+    config: Any = getattr(module, "config", None)
+    limits = [n for n in ("sliding_window", "attention_chunk_size") if getattr(config, n, None)]
+    if unsaid := [name for name in limits if name not in options]:
+        raise UnknownPassError(f"its attention has a {unsaid[0]} that stands in its mask alone")
     return attend_apart(query, key, value, current.sequences, **options), None
 
 
