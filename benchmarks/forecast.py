@@ -64,6 +64,11 @@ SMOLLM2 = (
     "lora.r=8 train.deterministic=true",
     "lora.r=8,16 hardware.micro_batch_tokens=320",
     "lora.r=8 lora.dropout=0.1",
+    "lora.r=8 data.n=96 train.max_steps=48",
+    "lora.r=8 data.n=96 train.max_steps=24 train.batch_size=8",
+    "lora.r=4,8,16,32 data.n=96 train.max_steps=12 train.batch_size=4",
+    f"{LONG} lora.r=8 data.n=64 data.max_length=512 train.max_steps=16 train.batch_size=4",
+    "lora.r=16 data.n=64 data.eval_n=64 train.max_steps=16 train.batch_size=4 quant=nf4",
     "lora.r=8 lora.variant=dora train.batch_size=2",
     "lora.r=128 lora.targets=all_linear train.batch_size=2",
     "lora.r=16 lora.variant=rslora lora.targets=attention_qv,mlp,all_linear quant=nf4",
@@ -146,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             # minutes rest on the trials before them, so all are run again
             if options.minutes or settings not in measured:
                 shared = SHARED_MINUTES if options.minutes else SHARED
-                typed = _typed(f"{settings} {shared}", rows, options.threads)
+                typed = _typed(f"{shared} {settings}", rows, options.threads)
                 measured[settings] = _measure(settings, typed, Path(root))
                 _append(options.file, measured[settings])
     table = _minutes if options.minutes else _table

@@ -27,7 +27,7 @@ from benchmarks import peer_settings
 from benchmarks.job import Adapter, BenchmarkError, Job, Prepared, Round, Trained
 from benchmarks.tracking import log_trial
 from tinyllama_lab.core.models.loading import load_tokenizer
-from tinyllama_lab.core.training.memory import keep_freed_memory
+from tinyllama_lab.core.resident import keep_freed_memory
 from tinyllama_lab.metrics import MIB
 
 Rows = Sequence[dict[str, list[int]]]

@@ -31,7 +31,7 @@ from tinyllama_lab.core.training.memory import Planner
 from tinyllama_lab.errors import ModelError
 from tinyllama_lab.metrics import MIB
 
-ROWS = Rows([example(40), example(90)], [example(30)], True)
+ROWS = Rows([example(40), example(90)], [example(30)], [], True)
 Hardware = dict[str, Any]
 
 

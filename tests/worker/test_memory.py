@@ -15,6 +15,7 @@ from tests.packs import QUIET, Lab, Wrapped, quickly
 from tinyllama_lab.core.engines.base import WorkItem
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
 from tinyllama_lab.core.engines.peft import PeftEngine
+from tinyllama_lab.core.resident import kernels_kept
 from tinyllama_lab.core.training import memory
 from tinyllama_lab.core.training.memory import (
     HEAP_SLACK,
@@ -215,7 +216,7 @@ def test_the_prediction_is_the_highest_and_includes_used_memory(
     made.predict([ADAPTER], [100])
     kept, logits = 300 * PER_TOKEN, 300 * WORDS * 4 / MIB
     initial = ADAPTER * 4 / 16  # PEFT's values, beside weight, gradient and two moments
-    overhead = memory.LIBRARIES_MIB + memory.BACKWARD_MIB + memory.KERNELS_MIB
+    overhead = memory.LIBRARIES_MIB + memory.BACKWARD_MIB + memory.SHAPE_KERNELS_MIB
     expected = 100 + 2 * ADAPTER + kept + 2 * kept / LAYERS + logits + initial + overhead
     assert made.predicted() == {"memory/predicted_mib": pytest.approx(expected)}
 
@@ -227,7 +228,7 @@ def test_what_is_measured_keeps_every_block_though_training_does_not(
     made.plan_training([ADAPTER], 250, fixed=False)
     made.predict([ADAPTER], [250])
     least = 100 + ADAPTER + 250 * PER_TOKEN  # of the longest example, before the first step
-    overhead = memory.LIBRARIES_MIB + memory.KERNELS_MIB + ADAPTER
+    overhead = memory.LIBRARIES_MIB + memory.SHAPE_KERNELS_MIB + ADAPTER
     predicted = made.predicted()["memory/predicted_mib"]
     assert least < predicted < least + overhead
 
@@ -240,9 +241,20 @@ def test_gaps_in_the_heap_grow_with_micro_batches_and_end(monkeypatch: pytest.Mo
         made.predict([ADAPTER], list(range(301 - count, 301)))
         peaks.append(made.predicted()["memory/predicted_mib"])
     assert peaks == sorted(set(peaks))
-    kernels = memory.KERNELS_MIB * (memory.SHAPES_KEPT - 1)
-    # at most as much as the activations themselves
-    assert peaks[-1] - peaks[0] == pytest.approx(300 * PER_TOKEN + kernels)
+    kernels = memory.KERNEL_MIB * kernels_kept(adapters=1) - memory.SHAPE_KERNELS_MIB
+    kept = 300 * PER_TOKEN
+    gaps = memory.MOST_GAPS * (kept + memory.BLOCKS_IN_HAND * kept / LAYERS)
+    assert peaks[-1] - peaks[0] == pytest.approx(gaps + kernels)
+
+
+def test_dropout_takes_masks_and_leaves_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
+    peaks = []
+    for has_dropout in (False, True):
+        made, _ = planner(10**6, monkeypatch)
+        made.has_dropout = has_dropout
+        made.predict([ADAPTER], [300])
+        peaks.append(made.predicted()["memory/predicted_mib"])
+    assert peaks[1] - peaks[0] > 300 * WIDTH * 4 * 8 / MIB  # four tensors of int64
 
 
 def test_a_gpu_has_no_heap(monkeypatch: pytest.MonkeyPatch) -> None:

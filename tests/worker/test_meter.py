@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from typing import Any
 
@@ -38,6 +39,78 @@ def test_a_peak_that_cannot_be_reset_is_noted_in_the_result(
     memory = PeakMemory(CPU)
     assert memory.basis == "resident set, whole process lifetime"
     assert 50 < memory.read("infer")["memory/infer_peak_mib"] < 100_000
+
+
+def grown_mib(program: str) -> float:
+    """Return by how many MiB a program of its own grows, which it prints."""
+    begin = "import torch, psutil, sys\nfrom tinyllama_lab.core import resident\n"
+    begin += "now_mib = lambda: psutil.Process().memory_info().rss / 2**20\n"
+    command = [sys.executable, "-c", begin + program]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+class Heap:
+    """A heap in which no batch fits where an earlier one was, so that each adds some gaps."""
+
+    base_mib, gaps_mib = 500.0, 30.0
+
+    def __init__(self) -> None:
+        self.resident_mib, self.returned = self.base_mib, 0
+
+    def give_back(self) -> None:
+        self.resident_mib = self.base_mib
+        self.returned += 1
+
+    def batch(self, mib: float) -> None:
+        is_fresh = self.resident_mib == self.base_mib
+        self.resident_mib += mib if is_fresh else self.gaps_mib
+
+
+def test_gaps_in_the_heap_go_back_to_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    heap = Heap()
+    monkeypatch.setattr(resident, "reset_peak", heap.give_back)
+    monkeypatch.setattr(resident, "give_back", heap.give_back)
+    monkeypatch.setattr(PeakMemory, "now_mib", lambda memory: heap.resident_mib)
+    memory, most, returned = PeakMemory(CPU), 0.0, []
+    for number in range(100):
+        memory.between_batches()
+        heap.batch(400.0)
+        most = max(most, heap.resident_mib)
+        if number in (50, 99):
+            returned.append(heap.returned)
+    # 40 % of a batch, and what the batch adds that reaches the limit
+    assert most <= heap.base_mib + 1.4 * 400 + heap.gaps_mib
+    # memory that is returned costs time: once in the first batch, those that fill 40 % with gaps,
+    # and the one that is too much
+    every = 2 + 0.4 * 400 / heap.gaps_mib
+    assert returned[1] - returned[0] == pytest.approx(49 / every, abs=1)
+    memory.reset()
+    memory.between_batches()
+    heap.batch(900.0)  # a larger one is learned
+    memory.between_batches()
+    heap.batch(900.0)
+    heap.batch(900.0)
+    memory.between_batches()
+    assert heap.resident_mib > 1300
+
+
+KERNELS = """
+{limit}
+x, weight = torch.ones(700, 576).bfloat16(), torch.ones(576, 512).bfloat16()
+x @ weight
+first_mib = now_mib()
+for rows in range(100, 700):
+    x[:rows] @ weight
+resident.give_back()
+print(now_mib() - first_mib)
+"""
+
+
+def test_few_compiled_matmuls_are_kept() -> None:
+    many = grown_mib(KERNELS.format(limit=""))
+    if many < 100:
+        pytest.skip("this CPU compiles no matmuls of bfloat16")
+    assert grown_mib(KERNELS.format(limit="resident.limit_kernels(1)")) < many / 2
 
 
 @pytest.mark.gpu

@@ -62,6 +62,11 @@ class WorkerContext:
             return self.measured_tokens or CPU_TOKENS
         return gpu_tokens(torch.cuda.get_device_properties(self.base.device).total_memory)
 
+    def between_batches(self) -> bool:
+        """Return freed memory where there is too much, and whether the worker is to stop."""
+        self.memory.between_batches()
+        return self.stopped()
+
     def check_stop(self) -> None:
         """Raise StoppedError if the worker was asked to stop."""
         raise_if_stopped(self.stopped)

@@ -27,6 +27,7 @@ _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "tinyl
 PACKAGE = Path(__file__).parents[1]
 _GIT_TIMEOUT_S = 5
 _DIFF_DIGITS = 12
+HEAP_GAPS = 0.4  # of what a batch takes; with more, freed memory goes back to the system
 
 
 class PeakMemory:
@@ -34,6 +35,9 @@ class PeakMemory:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._floor_mib = 0.0  # in use before a batch, right after freed memory was returned
+        self._batch_mib = 0.0  # what a batch adds to that, at most
+        self._is_trimmed = False  # whether freed memory was returned before the last batch
         self.reset()
 
     @property
@@ -50,6 +54,23 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self._device)
         else:
             resident.reset_peak()
+        self._floor_mib, self._batch_mib, self._is_trimmed = self.now_mib(), 0.0, False
+
+    def between_batches(self) -> None:
+        """Return freed memory to the system once gaps in the heap take too much; for CPUs.
+
+        Batches differ in their lengths, and what one has freed rarely fits the next, so the
+        resident set would grow with every batch. What a batch takes is learned from those that
+        come right after freed memory was returned.
+        """
+        if self._device.type != "cpu":
+            return
+        taken_mib = self.now_mib() - self._floor_mib
+        if self._is_trimmed:
+            self._batch_mib, self._is_trimmed = max(self._batch_mib, taken_mib), False
+        elif taken_mib > (1 + HEAP_GAPS) * self._batch_mib:
+            resident.give_back()
+            self._floor_mib, self._is_trimmed = self.now_mib(), True
 
     def trim(self) -> None:
         """Return freed memory to the system, so that later allocations do not add to it."""

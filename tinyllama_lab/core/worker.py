@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinyllama_lab.config.schema import HardwareConfig, ModelConfig, QuantConfig, part
+from tinyllama_lab.core.resident import keep_freed_memory, limit_kernels
 from tinyllama_lab.errors import BaseMemoryError, LabError, StoppedError, is_disk_full
 from tinyllama_lab.output import accept_any_text
 from tinyllama_lab.study.events import EventLog
@@ -70,7 +71,6 @@ def _run_trials(pack: Pack, log: EventLog, stopped: Callable[[], bool]) -> None:
     from tinyllama_lab.core.meter import PeakMemory
     from tinyllama_lab.core.models.loading import load_base
     from tinyllama_lab.core.training.attempt import tasks_with_data
-    from tinyllama_lab.core.training.memory import keep_freed_memory
 
     raise_if_stopped(stopped)  # the driver may have died during the imports
     hardware = part(HardwareConfig, work.hardware)
@@ -84,6 +84,7 @@ def _run_trials(pack: Pack, log: EventLog, stopped: Callable[[], bool]) -> None:
         tasks = tasks_with_data(data, tasks)
         if not tasks and arrivals.closed:
             return
+        limit_kernels(work.stream.max_concurrent if work.stream else len(tasks))
         log.append("phase", name="loading the base")
         base = load_base(model, quant, work.base.precision, hardware.device, data.tokenizer)
     # not earlier, because what loading frees should go back to the system

@@ -73,7 +73,7 @@ def heldout_losses(
     items = [WorkItem(adapter, example) for adapter, rows in work for example in rows]
     longest = max(len(item.example.ids) for item in items)
     losses, _ = fit(
-        lambda tokens: example_losses(engine, items, tokens, context.stopped),
+        lambda tokens: example_losses(engine, items, tokens, context.between_batches),
         # nothing is kept for backward, so more tokens fit than in training
         2 * context.micro_batch_tokens,
         longest,

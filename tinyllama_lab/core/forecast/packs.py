@@ -14,7 +14,10 @@ from torch import nn
 from tinyllama_lab.config.schema import HardwareConfig, LoraConfig, Science
 from tinyllama_lab.config.variants import VARIANTS
 from tinyllama_lab.core.context import WorkerContext, gpu_tokens
+from tinyllama_lab.core.dataset.example import Example
 from tinyllama_lab.core.engines.base import ADAPTER_BYTES, Engine, WorkItem
+from tinyllama_lab.core.engines.packed.any_decoder import UnknownPassError
+from tinyllama_lab.core.engines.packed.apart import UnknownAttentionError
 from tinyllama_lab.core.engines.packed.engine import CACHE_SHARE, PackedEngine
 from tinyllama_lab.core.engines.peft import PeftEngine
 from tinyllama_lab.core.forecast.machine import Machine
@@ -146,7 +149,18 @@ class Forecaster:
 
     def is_packed(self, lora: LoraConfig) -> bool:
         """Return whether adapters of this kind train together."""
-        return not VARIANTS[lora.variant].not_packed
+        return not VARIANTS[lora.variant].not_packed and self._base_is_packed
+
+    @cached_property
+    def _base_is_packed(self) -> bool:
+        """Whether a pass of packed rows runs on the base; a worker compares it with PEFT's too."""
+        lora = LoraConfig(r=2, alpha=None, dropout=0.0, targets="attention_qv", variant="lora")
+        row = Example((0,) * 4, (True,) * 4, (0,), "", "", "")
+        try:
+            kept_mib_per_token(self._outline, lora, row, packed=True, is_gpu=False)
+        except (UnknownPassError, UnknownAttentionError):
+            return False
+        return True
 
     def size(self, lora: LoraConfig) -> tuple[int, float]:
         """Return the trained values of an adapter, and MiB of its file."""
@@ -255,6 +269,7 @@ class Forecaster:
         context = WorkerContext(self._base, data, hardware, held, "", lambda: False)
         planner = _Planner(context, engine, self.room_mib)
         planner.assume(self._kept_per_token(trials[0]))
+        planner.has_dropout = any(each.science.lora.dropout > 0 for each in trials)
         return planner, context
 
     def _kept_per_token(self, trial: Trial) -> float:
@@ -327,17 +342,19 @@ class Forecaster:
         together = trials[: engine.max_concurrent or len(trials)]
         share = 1 - 8 / ADAPTER_BYTES if self._base.dtype == torch.float32 else 1 - 8 / 18
         sizes = [share * self._adapter_mib(engine, trial.science.lora) for trial in together]
-        examples = [example for trial in together for example in trial.rows.heldout]
-        examples += together[0].rows.heldout  # of the base
+        owners = [None, *(object() for _ in together)]  # the base first
+        rows = [together[0].rows, *(trial.rows for trial in together)]
+        items = [
+            WorkItem(owner, example)
+            for owner, of in zip(owners, rows, strict=True)
+            for example in (*of.heldout, *of.general)
+        ]
         if least:
-            examples = sorted(examples, key=lambda example: len(example.ids))[-1:]
-        tokens = sum(len(example.ids) for example in examples)
-        labels = sum(example.labels for example in examples)
-        limit = 2 * context.micro_batch_tokens
-        if not least:
-            tokens, labels = min(tokens, limit), min(labels, limit)
-        cache = self._cache(engine, together, least)
-        return planner.scoring_mib(sizes, tokens, labels, cache)
+            batches = [[max(items, key=lambda item: len(item.example.ids))]]
+        else:
+            batches = engine.micro_batches(items, 2 * context.micro_batch_tokens)
+        passes = [[item.example for item in batch] for batch in batches]
+        return planner.scoring_mib(sizes, passes, self._cache(engine, together, least))
 
     def _cache(self, engine: Engine[Any], trials: Sequence[Trial], least: bool) -> float:
         """Return MiB of the largest cache of keys and values: of generations, or of timing."""

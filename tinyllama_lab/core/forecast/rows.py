@@ -11,6 +11,7 @@ from typing import Any
 from tinyllama_lab.config.schema import ALL, ModelConfig, Science
 from tinyllama_lab.core.dataset.dataset import DataCache
 from tinyllama_lab.core.dataset.example import Example
+from tinyllama_lab.core.evaluation.losses import general_examples
 from tinyllama_lab.core.models.loading import model_folder, read_tokenizer, repo_to_download
 from tinyllama_lab.core.training.step_schedule import batches, rows_seen, steps_of
 
@@ -26,6 +27,7 @@ class Rows:
 
     train: Sequence[Example]
     heldout: Sequence[Example]
+    general: Sequence[Example]  # unrelated text, if it is scored as well
     is_counted: bool  # whether a tokenizer made them
     is_guessed: bool = False  # whether even their number is not known
 
@@ -65,6 +67,7 @@ class RowSource:
 
     def __init__(self) -> None:
         self._caches: dict[str, DataCache | None] = {}
+        self._general: dict[str, list[Example]] = {}
         self._rows: dict[str, Rows] = {}
 
     def rows(self, science: Science, estimate: Mapping[str, float]) -> Rows:
@@ -78,7 +81,8 @@ class RowSource:
         Raises:
             DataError: the rows are here and cannot be used.
         """
-        key = repr((science.model, science.data, science.seed, dict(estimate)))
+        settings = (science.model, science.data, science.seed, science.eval.general)
+        key = repr((settings, dict(estimate)))
         if key not in self._rows:
             self._rows[key] = self._read(science, estimate)
         return self._rows[key]
@@ -89,7 +93,16 @@ class RowSource:
             return _estimated(science, estimate)
         examined = cache.examine(science.data, science.seed)
         train, heldout = map(examined.examples, (examined.train, examined.heldout))
-        return Rows(train, heldout, True) if train and heldout else _estimated(science, estimate)
+        if not (train and heldout):
+            return _estimated(science, estimate)
+        return Rows(train, heldout, self._unrelated(science, cache), True)
+
+    def _unrelated(self, science: Science, cache: DataCache) -> list[Example]:
+        """Return the passages of unrelated text, if they are scored."""
+        key = repr(science.model)
+        if science.eval.general and key not in self._general:
+            self._general[key] = general_examples(cache)
+        return self._general[key] if science.eval.general else []
 
     def _cache(self, model: ModelConfig) -> DataCache | None:
         key = repr(model)
@@ -114,7 +127,7 @@ def _estimated(science: Science, estimate: Mapping[str, Any]) -> Rows:
     mean = max(2, round(min(most, estimate.get("mean") or most)))
     longest = max(mean, round(min(most, estimate.get("longest") or most)))
     train = [_row(longest), *[_row(mean)] * (count - 1)]
-    return Rows(train, [_row(mean)] * science.data.eval_n, False, is_guessed)
+    return Rows(train, [_row(mean)] * science.data.eval_n, [], False, is_guessed)
 
 
 def _row(tokens: int) -> Example:

@@ -8,7 +8,6 @@ predicted peak along with the measured one.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,20 +24,21 @@ from tinyllama_lab.core.engines.packed.attention import LONGEST_FUSED, LONGEST_K
 from tinyllama_lab.core.engines.packed.head import logits_mib
 from tinyllama_lab.core.meter import kept_mib
 from tinyllama_lab.core.out_of_memory import is_out_of_memory, unless_out_of_memory
+from tinyllama_lab.core.resident import kernels_kept
 from tinyllama_lab.core.training.micro_batch import SIZES
 from tinyllama_lab.metrics import MIB
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 SHARE = 0.85  # of the free memory; the rest is for other programs and fragmentation
 FEWEST_TOKENS = 256  # smaller micro-batches waste more time than a smaller pack
 MEASURED_TOKENS = 256  # of an example, where every token keeps as much
 BLOCKS_IN_HAND = 2  # gradients of the block in backward, in units of its kept activations
 HEAP_SLACK = 1.25  # tensors of changing sizes leave gaps in the C library's heap
-MOST_GAPS = 1.0  # of the kept activations; packs with more micro-batches were not measured
+MOST_GAPS = 0.75  # of a step's activations; `PeakMemory` then returns freed memory
 LIBRARIES_MIB = 10  # that the first pass on a CPU loads
 BACKWARD_MIB = 25  # the same of the first backward pass and optimizer step
-# oneDNN keeps the last 1,024 kernels, and a micro-batch of new lengths needs about 40 of them
-KERNELS_MIB, SHAPES_KEPT = 9, 25
+# of the compiled matmuls: those of a micro-batch of new lengths, and the mean of one that is kept
+SHAPE_KERNELS_MIB, KERNEL_MIB = 9, 0.8
+MASK_BYTES = 4 * 8  # of a value of a dropout mask: integers that are mixed
 QUANTIZED_BYTES = 44  # of bitsandbytes for each weight of the largest matrix, on a CPU
 SCORES_IN_HAND = 3  # of attention: scores, probabilities and their gradient
 INITIAL_BYTES = 4  # a parameter: PEFT's initial values, which the packed engine keeps once
@@ -61,6 +61,7 @@ class Planner:
         self._largest_tokens = self._more_shapes = 0
         self._shapes: set[int] = set()  # tokens of the micro-batches so far
         self.checkpointing = context.hardware.gradient_checkpointing
+        self.has_dropout = False
         self.max_concurrent: int | None = engine.max_concurrent
         self._fitting_tokens: int | None = None  # of a micro-batch that had to shrink
         self.micro_batch_sizes: list[int] = []  # for which there is memory, if one may be chosen
@@ -216,24 +217,31 @@ class Planner:
         return self._baseline_mib + adapter_mib + kept + self._libraries_mib([adapter_mib])
 
     def scoring_mib(
-        self, adapters: Sequence[float], tokens: int, labels: int, cache_mib: float
+        self, adapters: Sequence[float], batches: Sequence[Sequence[Example]], cache_mib: float
     ) -> float:
         """Return the peak of scoring adapters.
 
         Args:
             adapters: MiB of each, without the moments of its optimizer.
-            tokens: of the largest micro-batch.
-            labels: among them.
+            batches: the examples of every micro-batch.
             cache_mib: keys and values of the largest generation.
         """
         held = self._baseline_mib + sum(adapters)
-        block = self._kept_mib(tokens, checkpointing=False)[1]
         if self._context.base.device.type != "cpu":
+            tokens = max(sum(len(example.ids) for example in batch) for batch in batches)
+            block = self._kept_mib(tokens, checkpointing=False)[1]
             return held + max(BLOCKS_IN_HAND * block + LOGITS_MIB, cache_mib)
         # scoring leaves its tensors in the heap, where generation finds no room
-        passes = PASS_BLOCKS * block + self._scores_mib(tokens) + self._logits_mib(labels)
-        passes += CACHE_COPIES * cache_mib
+        passes = max(map(self._pass_mib, batches)) + CACHE_COPIES * cache_mib
         return held + self._libraries_mib(adapters) + passes
+
+    def _pass_mib(self, batch: Sequence[Example]) -> float:
+        """Return MiB of a forward pass that keeps nothing, on a CPU."""
+        tokens = sum(len(example.ids) for example in batch)
+        longest = max(len(example.ids) for example in batch)
+        block = self._kept_mib(tokens, checkpointing=False)[1]
+        labels = self._logits_mib(sum(example.labels for example in batch))
+        return PASS_BLOCKS * block + self._scores_mib(tokens, longest) + labels
 
     def predicted(self) -> dict[str, float]:
         """Return the highest predicted peak so far, as a metric in MiB."""
@@ -273,11 +281,23 @@ class Planner:
     ) -> float:
         """Return MiB of a step beside base and adapters, without the reserve of a plan."""
         kept, block = self._kept_mib(tokens, self.checkpointing)
-        is_even = self._is_plain and self._longest_tokens <= LONGEST_KEPT
+        is_long = self._longest_tokens > LONGEST_KEPT
+        is_even = self._is_plain and not (is_long or self.has_dropout)
         gaps = heap_gaps(micro_batches, self._shape_count, is_even)
         head = self._logits_mib(tokens) + BACKWARD_MIB
-        block = BLOCKS_IN_HAND * block + self._scores_mib(tokens)
-        return (1 + gaps) * kept + block + head + self._libraries_mib(adapters)
+        kept += BLOCKS_IN_HAND * block + self._masks_mib(tokens)
+        kept += SCORES_IN_HAND * self._scores_mib(tokens, self._longest_tokens)
+        return (1 + gaps) * kept + head + self._libraries_mib(adapters)
+
+    def _masks_mib(self, tokens: int) -> float:
+        """Return MiB of the dropout mask of a module's input, while it is made."""
+        widest = max(self._widths) if self.has_dropout else 0
+        return MASK_BYTES * tokens * widest / MIB
+
+    @property
+    def _widths(self) -> tuple[int, int]:
+        config = self._context.base.model.config
+        return config.hidden_size, getattr(config, "intermediate_size", None) or 0
 
     @property
     def _shape_count(self) -> int:
@@ -294,22 +314,21 @@ class Planner:
         size = ADAPTER_BYTES + (0 if base.dtype == torch.float32 else base.dtype.itemsize)
         initial = max(adapters, default=0.0) * INITIAL_BYTES / size
         is_quantized = bool(getattr(base.model, "is_quantized", False))
-        kernels = KERNELS_MIB * min(self._shape_count, SHAPES_KEPT)
+        kept = KERNEL_MIB * kernels_kept(len(adapters))
+        kernels = min(SHAPE_KERNELS_MIB * self._shape_count, kept)
         return LIBRARIES_MIB + kernels + initial + is_quantized * self._dequantizing_mib()
 
     def _dequantizing_mib(self) -> float:
         """Return MiB that making the largest matrix dense takes beside the result."""
-        config = self._context.base.model.config
-        weights = 2 * config.hidden_size * getattr(config, "intermediate_size", 0)  # gate and up
-        return QUANTIZED_BYTES * weights / MIB
+        return QUANTIZED_BYTES * 2 * math.prod(self._widths) / MIB  # gate and up
 
-    def _scores_mib(self, tokens: int) -> float:
-        """Return MiB of attention scores that are computed again instead of being kept."""
-        config, longest = self._context.base.model.config, self._longest_tokens
+    def _scores_mib(self, tokens: int, longest: int) -> float:
+        """Return MiB of attention scores that are not kept."""
+        config = self._context.base.model.config
         if not LONGEST_KEPT < longest <= LONGEST_FUSED:
             return 0.0
         scores = config.num_attention_heads * tokens * longest
-        return SCORES_IN_HAND * scores * self._context.base.dtype.itemsize / MIB
+        return scores * self._context.base.dtype.itemsize / MIB
 
     def _logits_mib(self, labels: int) -> float:
         """Return MiB of the logits that are in memory at the same time."""
@@ -350,21 +369,8 @@ def heap_gaps(in_step: int, shapes: int, is_even: bool) -> float:
         is_even: nothing else is freed in between: neither dequantized weights, nor attention
             scores of long rows, nor what transformers computes for PEFT's engine.
     """
-    share = (0.3 if in_step > 1 else -0.07) + 0.09 * math.log2(shapes)
+    share = (0.3 if in_step > 1 else -0.05) + 0.16 * math.log2(shapes)
     return min(max(0.0, share) + (0.0 if is_even else 0.25), MOST_GAPS)
-
-
-def keep_freed_memory() -> None:
-    """Let the C library reuse what a step frees instead of giving it to the kernel and back.
-
-    Fresh pages for every large tensor cost 5 to 25 % of a training step's CPU time in three runs
-    side by side on one Xeon (a virtual machine).
-    `PeakMemory.reset` still returns them between phases.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(_M_MMAP_THRESHOLD, 2**30)
-        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def free_mib(device: torch.device) -> float:
