@@ -168,6 +168,7 @@ _ALL = (  # in the order of columns
     Metric("perf/trial_seconds", "trial s", unit="s"),
     _MIB("memory/infer_peak_mib", "inference peak MiB"),
     _MIB("memory/predicted_mib", "predicted MiB"),
+    _MIB("memory/predicted_infer_mib", "predicted inference MiB"),
     Metric("size/trainable_params", "trainable parameters", pattern="{:.0f}", unit="parameters"),
     _MIB("memory/train_reserved_mib", "reserved MiB", logged=Logged.ON_CUDA),
     _MIB("memory/infer_reserved_mib", "inference reserved MiB", logged=Logged.ON_CUDA),

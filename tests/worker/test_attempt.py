@@ -53,6 +53,7 @@ COSTS = {
     "memory/train_peak_mib",
     "memory/alone_mib",
     "memory/predicted_mib",
+    "memory/predicted_infer_mib",
     "memory/infer_peak_mib",
     "size/adapter_mib",
     "size/trainable_params",

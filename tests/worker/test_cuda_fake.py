@@ -32,10 +32,11 @@ from tinyllama_lab.core.engines.base import WorkItem
 from tinyllama_lab.core.engines.packed.elementwise import SwiGlu
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
 from tinyllama_lab.core.engines.sampling import TokenSampling
+from tinyllama_lab.core.meter import SHARE
 from tinyllama_lab.core.models.loading import Base
 from tinyllama_lab.core.training.adapter_trainer import AdapterTrainer
 from tinyllama_lab.core.training.loop import train_round
-from tinyllama_lab.core.training.memory import LOGITS_MIB, SHARE, Planner
+from tinyllama_lab.core.training.memory import LOGITS_MIB, Planner
 from tinyllama_lab.metrics import MIB
 from tinyllama_lab.study.trial import TrialFolder
 

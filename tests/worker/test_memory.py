@@ -15,13 +15,13 @@ from tests.packs import QUIET, Lab, Wrapped, quickly
 from tinyllama_lab.core.engines.base import WorkItem
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
 from tinyllama_lab.core.engines.peft import PeftEngine
+from tinyllama_lab.core.meter import _container_bytes
 from tinyllama_lab.core.resident import kernels_kept
 from tinyllama_lab.core.training import memory
 from tinyllama_lab.core.training.memory import (
     HEAP_SLACK,
     LOGITS_MIB,
     Planner,
-    _container_bytes,
 )
 from tinyllama_lab.metrics import MIB
 

@@ -93,8 +93,9 @@ def test_seconds_are_shared_by_tokens_and_memory_is_the_packs(lab: Lab) -> None:
         tokens = [event["tokens"] for event in events(trials[metrics is many], "metric")]
         speed = tokens[-1] / metrics["perf/train_seconds"]
         assert speed == pytest.approx(metrics["perf/train_tokens_per_s"], rel=0.9)
-    for name in ("memory/train_peak_mib", "memory/predicted_mib"):
-        assert few[name] == pytest.approx(many[name], rel=0.01) and few[name] > 100
+    for name in ("train_peak_mib", "predicted_mib", "predicted_infer_mib"):
+        shared = few[f"memory/{name}"]
+        assert shared == pytest.approx(many[f"memory/{name}"], rel=0.01) and shared > 100
 
 
 def test_facts_say_how_training_was_fitted(lab: Lab) -> None:

@@ -24,6 +24,7 @@ from tinyllama_lab.core.engines.packed.engine import PackedEngine
 from tinyllama_lab.core.engines.peft import PeftEngine
 from tinyllama_lab.core.models import lora
 from tinyllama_lab.core.models.loading import Base, load_base
+from tinyllama_lab.core.training.pack_check import INT8
 from tinyllama_lab.core.training.stream import TrialStream
 from tinyllama_lab.study.events import read_events
 from tinyllama_lab.study.trial import State
@@ -113,7 +114,7 @@ def test_a_base_that_fails_its_check_trains_one_adapter_at_a_time(
     assert [texts.count(said) for texts in notes] == [1, 1]
 
 
-def test_an_int8_base_trains_in_packs_of_transformers(
+def test_an_int8_base_trains_one_adapter_at_a_time(
     lab: Lab, configure: Any, hardware: dict[str, Any]
 ) -> None:
     model = part(Science, configure()).model
@@ -124,9 +125,8 @@ def test_an_int8_base_trains_in_packs_of_transformers(
     trials = [quantized.trial(int8), quantized.trial({**int8, "seed": 1}), quantized.trial(dora)]
     *found, refused = quantized.run(trials)
     assert [each.error for each in found] == [None, None]
-    engine = "packed in transformers (its linear layers are Linear, Linear8bitLt)"
-    assert [each.environment["engine"] for each in found] == [engine] * 2
-    assert [each.environment["adapters_at_once"] for each in found] == [2, 2]
+    assert [each.environment["engine"] for each in found] == [f"peft ({INT8})"] * 2
+    assert [each.environment["adapters_at_once"] for each in found] == [1, 1]
     assert refused.error is not None
     assert "lora.variant=dora needs a GPU" in refused.error["message"]
 

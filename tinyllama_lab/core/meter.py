@@ -7,6 +7,7 @@ says which of the two it is.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import platform
 import subprocess
@@ -26,6 +27,7 @@ from tinyllama_lab.study.machine import cpu_name
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "tinyllama_lab")
 PACKAGE = Path(__file__).parents[1]
 _GIT_TIMEOUT_S = 5
+SHARE = 0.85  # of the free memory; the rest is for other programs and fragmentation
 _DIFF_DIGITS = 12
 HEAP_GAPS = 0.4  # of what a batch takes; with more, freed memory goes back to the system
 
@@ -114,6 +116,33 @@ def kept_mib(run: Callable[[], object], parameters: Iterable[torch.Tensor]) -> f
     with torch.enable_grad(), hooks:
         run()
     return sum(storage.nbytes() for storage in storages.values()) / MIB
+
+
+def free_mib(device: torch.device) -> float:
+    """Return the MiB that this process may still take."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return SHARE * (free + cached) / MIB
+    return SHARE * min(psutil.virtual_memory().available, _container_bytes()) / MIB
+
+
+def _container_bytes(group: Path = Path("/sys/fs/cgroup")) -> float:
+    """Return the bytes left below the memory limit of a cgroup v2 container; infinity if none.
+
+    The page cache counts as used there, but the kernel drops it when memory is needed, so it is
+    added back.
+    """
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        used_bytes = int((group / "memory.current").read_text())
+    except (OSError, ValueError):
+        return float("inf")
+    page_cache = 0
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        page_cache = int(counts["inactive_file"]) + int(counts["active_file"])
+    return float("inf") if limit == "max" else max(0.0, int(limit) - used_bytes + page_cache)
 
 
 def environment(device: torch.device, dtype: torch.dtype, basis: str) -> dict[str, Any]:

@@ -54,6 +54,11 @@ A = TypeVar("A")
 ADAPTER_BYTES = 16  # a parameter: weight, gradient and two moments in float32
 
 
+def adapter_bytes(dtype: torch.dtype) -> int:
+    """Return the bytes of a parameter, with the copy that a base of this dtype multiplies with."""
+    return ADAPTER_BYTES + (0 if dtype == torch.float32 else dtype.itemsize)
+
+
 # compared by identity: the same example may occur twice in a batch
 @dataclass(frozen=True, eq=False)
 class WorkItem(Generic[A]):

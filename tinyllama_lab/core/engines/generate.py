@@ -15,6 +15,21 @@ from tinyllama_lab.core.models.loading import Base
 ROWS = 32  # decoded together; they keep a small device busy
 
 
+def cache_bytes(base: Base, positions: int) -> int:
+    """Return the bytes of the keys and values of so many positions, in all layers."""
+    config: Any = base.model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    values = 2 * config.num_hidden_layers * heads * head_size(config) * positions
+    return int(values * base.dtype.itemsize)
+
+
+def head_size(config: Any) -> int:
+    """Return the width of an attention head."""
+    return int(
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+
+
 class _DrawnToken(LogitsProcessor):
     """Masks all tokens except the drawn one, so that greedy search takes it."""
 

@@ -10,8 +10,8 @@ import torch
 
 from tinyllama_lab.config.schema import CardConfig, HardwareConfig
 from tinyllama_lab.core import resident
+from tinyllama_lab.core.meter import SHARE, free_mib
 from tinyllama_lab.core.models.loading import pick_device, pick_dtype
-from tinyllama_lab.core.training.memory import SHARE, free_mib
 from tinyllama_lab.metrics import MIB
 
 _GIB = 1024  # MiB

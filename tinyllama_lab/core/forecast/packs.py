@@ -15,11 +15,13 @@ from tinyllama_lab.config.schema import HardwareConfig, LoraConfig, Science
 from tinyllama_lab.config.variants import VARIANTS
 from tinyllama_lab.core.context import WorkerContext, gpu_tokens
 from tinyllama_lab.core.dataset.example import Example
-from tinyllama_lab.core.engines.base import ADAPTER_BYTES, Engine, WorkItem
+from tinyllama_lab.core.engines.base import Engine, WorkItem
+from tinyllama_lab.core.engines.generate import head_size
 from tinyllama_lab.core.engines.packed.any_decoder import UnknownPassError
 from tinyllama_lab.core.engines.packed.apart import UnknownAttentionError
 from tinyllama_lab.core.engines.packed.engine import CACHE_SHARE, PackedEngine
 from tinyllama_lab.core.engines.peft import PeftEngine
+from tinyllama_lab.core.evaluation.load import Scored, scoring_load
 from tinyllama_lab.core.forecast.machine import Machine
 from tinyllama_lab.core.forecast.rows import ROUNDS, Rows
 from tinyllama_lab.core.forecast.trace import kept_mib_per_token
@@ -154,6 +156,8 @@ class Forecaster:
     @cached_property
     def _base_is_packed(self) -> bool:
         """Whether a pass of packed rows runs on the base; a worker compares it with PEFT's too."""
+        if self._outline.quant.kind == "int8":
+            return False
         lora = LoraConfig(r=2, alpha=None, dropout=0.0, targets="attention_qv", variant="lora")
         row = Example((0,) * 4, (True,) * 4, (0,), "", "", "")
         try:
@@ -299,7 +303,7 @@ class Forecaster:
         PyTorch's kernel there wants as many keys and values as queries, and keeps its result.
         """
         config: Any = self._outline.model.config
-        width = config.num_attention_heads * _head_size(config)
+        width = config.num_attention_heads * head_size(config)
         return 3 * width * config.num_hidden_layers * self._outline.dtype.itemsize / MIB
 
     def _steps(
@@ -340,44 +344,10 @@ class Forecaster:
         CPU the kernel ends a worker that takes too much, so it has no such remedy.
         """
         together = trials[: engine.max_concurrent or len(trials)]
-        share = 1 - 8 / ADAPTER_BYTES if self._base.dtype == torch.float32 else 1 - 8 / 18
-        sizes = [share * self._adapter_mib(engine, trial.science.lora) for trial in together]
-        owners = [None, *(object() for _ in together)]  # the base first
-        rows = [together[0].rows, *(trial.rows for trial in together)]
-        items = [
-            WorkItem(owner, example)
-            for owner, of in zip(owners, rows, strict=True)
-            for example in (*of.heldout, *of.general)
+        sizes = [self._adapter_mib(engine, trial.science.lora) for trial in together]
+        scored = [
+            Scored(owner, trial.rows.heldout, trial.rows.general, trial.science.eval)
+            for owner, trial in [(None, together[0]), *((object(), each) for each in together)]
         ]
-        if least:
-            batches = [[max(items, key=lambda item: len(item.example.ids))]]
-        else:
-            batches = engine.micro_batches(items, 2 * context.micro_batch_tokens)
-        passes = [[item.example for item in batch] for batch in batches]
-        return planner.scoring_mib(sizes, passes, self._cache(engine, together, least))
-
-    def _cache(self, engine: Engine[Any], trials: Sequence[Trial], least: bool) -> float:
-        """Return MiB of the largest cache of keys and values: of generations, or of timing."""
-        config: Any = self._outline.model.config
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        values = 2 * config.num_hidden_layers * heads * _head_size(config)
-        a_token = values * self._outline.dtype.itemsize / MIB
-        settings, heldout = trials[0].science.eval, trials[0].rows.heldout
-        longest = max((len(example.prompt_ids) for example in heldout), default=0)
-        # a batch is decoded for one adapter at a time when it is timed; it is skipped, not shrunk
-        timed = (1 if least else settings.latency_batch) * (longest + settings.latency_tokens + 1)
-        tokens = timed if settings.latency_tokens else 0
-        examples = list(heldout[: settings.generations])
-        if examples:
-            # the base generates along with the adapters
-            items: list[WorkItem[Any]] = [WorkItem(None, e) for e in examples] * (len(trials) + 1)
-            rows = min(len(items), engine.max_prompts(items, settings.max_new_tokens))
-            tokens = max(tokens, (1 if least else rows) * (longest + settings.max_new_tokens))
-        return tokens * a_token
-
-
-def _head_size(config: Any) -> int:
-    """Return the width of an attention head."""
-    return int(
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
+        limit = 2 * context.micro_batch_tokens
+        return planner.scoring_mib(sizes, scoring_load(self._base, engine, scored, limit, least))

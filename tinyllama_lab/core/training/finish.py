@@ -10,17 +10,28 @@ from collections.abc import Mapping
 from typing import Any
 
 from tinyllama_lab.core.context import WorkerContext, raise_if_fatal
-from tinyllama_lab.core.engines.base import Adapter, Engine
+from tinyllama_lab.core.engines.base import Adapter, Engine, adapter_bytes
 from tinyllama_lab.core.evaluation.bases import Bases
+from tinyllama_lab.core.evaluation.load import Scored, scoring_load
+from tinyllama_lab.core.evaluation.losses import general_examples
 from tinyllama_lab.core.evaluation.run import Subject, score
 from tinyllama_lab.core.training.attempt import Attempt
+from tinyllama_lab.core.training.memory import Planner
 from tinyllama_lab.errors import StoppedError
+from tinyllama_lab.metrics import MIB
 
 
 def finish(
-    context: WorkerContext, engine: Engine[Any], bases: Bases, adapters: Mapping[Attempt, Adapter]
+    context: WorkerContext,
+    engine: Engine[Any],
+    bases: Bases,
+    adapters: Mapping[Attempt, Adapter],
+    planner: Planner,
 ) -> None:
     """Score and commit every attempt and remove its adapter; a failure affects one attempt.
+
+    The results of the attempts hold the predicted peak of scoring, as far as `planner` knows what
+    a token takes.
 
     Raises:
         StoppedError: the worker was asked to stop.
@@ -28,6 +39,9 @@ def finish(
     begin = time.monotonic()
     with bases.missing([(a.base, a.science) for a in adapters]) as unscored_bases:
         subjects = [attempt.subject(adapter) for attempt, adapter in adapters.items()]
+        predicted = _predicted(context, engine, planner, [*unscored_bases, *subjects])
+        for subject in subjects:
+            subject.result.metrics |= predicted
         _score(context, engine, [*unscored_bases, *subjects])
         # before the trials, whose results hold the scores of their base
         bases.commit(unscored_bases)
@@ -47,6 +61,24 @@ def finish(
         engine.remove(adapter)
     # the peak of scoring must not count as that of later training
     context.memory.reset()
+
+
+def _predicted(
+    context: WorkerContext, engine: Engine[Any], planner: Planner, subjects: list[Subject]
+) -> dict[str, float]:
+    """Return the predicted peak of scoring, as a metric in MiB; empty if nothing was trained."""
+    if not planner.is_ready:
+        return {}
+    needs_general = any(subject.settings.general for subject in subjects)
+    general = general_examples(context.data) if needs_general else []
+    scored = [
+        Scored(s.adapter, s.prepared.heldout, general if s.settings.general else [], s.settings)
+        for s in subjects
+    ]
+    size = adapter_bytes(context.base.dtype)
+    sizes = [s.adapter.trainable_params * size / MIB for s in subjects if s.adapter is not None]
+    load = scoring_load(context.base, engine, scored, 2 * context.micro_batch_tokens)
+    return {"memory/predicted_infer_mib": planner.scoring_mib(sizes, load)}
 
 
 def _score(context: WorkerContext, engine: Engine[Any], subjects: list[Subject]) -> None:

@@ -7,33 +7,28 @@ predicted peak along with the measured one.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
-
-import psutil
-import torch
 
 from tinyllama_lab.core.context import WorkerContext
 from tinyllama_lab.core.dataset.dataset import Example
-from tinyllama_lab.core.engines.base import ADAPTER_BYTES, Adapter, Engine, WorkItem
+from tinyllama_lab.core.engines.base import Adapter, Engine, WorkItem, adapter_bytes
 from tinyllama_lab.core.engines.packed.attention import LONGEST_FUSED, LONGEST_KEPT
 from tinyllama_lab.core.engines.packed.head import logits_mib
-from tinyllama_lab.core.meter import kept_mib
+from tinyllama_lab.core.evaluation.load import ScoringLoad
+from tinyllama_lab.core.meter import free_mib, kept_mib
 from tinyllama_lab.core.out_of_memory import is_out_of_memory, unless_out_of_memory
 from tinyllama_lab.core.resident import kernels_kept
 from tinyllama_lab.core.training.micro_batch import SIZES
 from tinyllama_lab.metrics import MIB
 
-SHARE = 0.85  # of the free memory; the rest is for other programs and fragmentation
 FEWEST_TOKENS = 256  # smaller micro-batches waste more time than a smaller pack
 MEASURED_TOKENS = 256  # of an example, where every token keeps as much
 BLOCKS_IN_HAND = 2  # gradients of the block in backward, in units of its kept activations
 HEAP_SLACK = 1.25  # tensors of changing sizes leave gaps in the C library's heap
-MOST_GAPS = 0.75  # of a step's activations; `PeakMemory` then returns freed memory
+MOST_GAPS = 1.15  # of a step's activations; `PeakMemory` then returns freed memory
 LIBRARIES_MIB = 10  # that the first pass on a CPU loads
 BACKWARD_MIB = 25  # the same of the first backward pass and optimizer step
 # of the compiled matmuls: those of a micro-batch of new lengths, and the mean of one that is kept
@@ -216,23 +211,18 @@ class Planner:
         kept = self._kept_mib(tokens, checkpointing=False)[0]
         return self._baseline_mib + adapter_mib + kept + self._libraries_mib([adapter_mib])
 
-    def scoring_mib(
-        self, adapters: Sequence[float], batches: Sequence[Sequence[Example]], cache_mib: float
-    ) -> float:
-        """Return the peak of scoring adapters.
-
-        Args:
-            adapters: MiB of each, without the moments of its optimizer.
-            batches: the examples of every micro-batch.
-            cache_mib: keys and values of the largest generation.
-        """
-        held = self._baseline_mib + sum(adapters)
+    def scoring_mib(self, adapters: Sequence[float], load: ScoringLoad) -> float:
+        """Return the peak of scoring adapters; `adapters` are MiB of each in training."""
+        # the two moments of its optimizer are gone
+        share = 1 - 8 / adapter_bytes(self._context.base.dtype)
+        held = self._baseline_mib + share * sum(adapters)
         if self._context.base.device.type != "cpu":
-            tokens = max(sum(len(example.ids) for example in batch) for batch in batches)
+            tokens = max(sum(len(example.ids) for example in batch) for batch in load.batches)
             block = self._kept_mib(tokens, checkpointing=False)[1]
-            return held + max(BLOCKS_IN_HAND * block + LOGITS_MIB, cache_mib)
+            return held + max(BLOCKS_IN_HAND * block + LOGITS_MIB, load.cache_mib)
+        self._shapes.update(sum(len(example.ids) for example in batch) for batch in load.batches)
         # scoring leaves its tensors in the heap, where generation finds no room
-        passes = max(map(self._pass_mib, batches)) + CACHE_COPIES * cache_mib
+        passes = max(map(self._pass_mib, load.batches)) + CACHE_COPIES * load.cache_mib
         return held + self._libraries_mib(adapters) + passes
 
     def _pass_mib(self, batch: Sequence[Example]) -> float:
@@ -285,7 +275,8 @@ class Planner:
         is_even = self._is_plain and not (is_long or self.has_dropout)
         gaps = heap_gaps(micro_batches, self._shape_count, is_even)
         head = self._logits_mib(tokens) + BACKWARD_MIB
-        kept += BLOCKS_IN_HAND * block + self._masks_mib(tokens)
+        kept += (PASS_BLOCKS if self.checkpointing else BLOCKS_IN_HAND) * block
+        kept += self._masks_mib(tokens)
         kept += SCORES_IN_HAND * self._scores_mib(tokens, self._longest_tokens)
         return (1 + gaps) * kept + head + self._libraries_mib(adapters)
 
@@ -311,8 +302,7 @@ class Planner:
     def _libraries_mib(self, adapters: Sequence[float]) -> float:
         """Return MiB of libraries and their kernels, and of the last initial values."""
         base = self._context.base
-        size = ADAPTER_BYTES + (0 if base.dtype == torch.float32 else base.dtype.itemsize)
-        initial = max(adapters, default=0.0) * INITIAL_BYTES / size
+        initial = max(adapters, default=0.0) * INITIAL_BYTES / adapter_bytes(base.dtype)
         is_quantized = bool(getattr(base.model, "is_quantized", False))
         kept = KERNEL_MIB * kernels_kept(len(adapters))
         kernels = min(SHAPE_KERNELS_MIB * self._shape_count, kept)
@@ -369,32 +359,5 @@ def heap_gaps(in_step: int, shapes: int, is_even: bool) -> float:
         is_even: nothing else is freed in between: neither dequantized weights, nor attention
             scores of long rows, nor what transformers computes for PEFT's engine.
     """
-    share = (0.3 if in_step > 1 else -0.05) + 0.16 * math.log2(shapes)
+    share = (0.05 if in_step > 1 else -0.25) + 0.28 * math.log2(shapes)
     return min(max(0.0, share) + (0.0 if is_even else 0.25), MOST_GAPS)
-
-
-def free_mib(device: torch.device) -> float:
-    """Return the MiB that this process may still take."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return SHARE * (free + cached) / MIB
-    return SHARE * min(psutil.virtual_memory().available, _container_bytes()) / MIB
-
-
-def _container_bytes(group: Path = Path("/sys/fs/cgroup")) -> float:
-    """Return the bytes left below the memory limit of a cgroup v2 container; infinity if none.
-
-    The page cache counts as used there, but the kernel drops it when memory is needed, so it is
-    added back.
-    """
-    try:
-        limit = (group / "memory.max").read_text().strip()
-        used_bytes = int((group / "memory.current").read_text())
-    except (OSError, ValueError):
-        return float("inf")
-    page_cache = 0
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        page_cache = int(counts["inactive_file"]) + int(counts["active_file"])
-    return float("inf") if limit == "max" else max(0.0, int(limit) - used_bytes + page_cache)

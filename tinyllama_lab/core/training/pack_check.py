@@ -19,6 +19,8 @@ from tinyllama_lab.core.engines.peft import PeftEngine
 from tinyllama_lab.core.models.loading import Base
 from tinyllama_lab.core.out_of_memory import is_out_of_memory
 
+# LLM.int8 multiplies in 16 bits what lies in a column with an outlier, in whichever row
+INT8 = "in int8 the rows of one adapter change what others get"
 LENGTHS = (21, 9, 18)  # tokens of the rows: two share a bucket of attention, one has its own
 LONGEST_WINDOW = 1024  # where a sliding window is no longer, a row goes beyond it
 SCALE = 0.02  # of the random B
@@ -34,6 +36,8 @@ def why_not_packed(base: Base) -> str | None:
     """
     if why_not_llama(base.model) is None:
         return None
+    if getattr(base.model, "is_loaded_in_8bit", False):
+        return INT8
     try:
         rows = _rows(base)
         losses, gradient = _tried(PackedEngine(base), rows, together=True)

@@ -75,7 +75,8 @@ class Pool:
                     self._round()
                 # scoring is shared, so it waits for more adapters unless they keep trials waiting
                 if self._trained and (not self._training or self._is_crowded()):
-                    finish(self._context, self._engine, self._bases, dict(self._trained))
+                    trained = dict(self._trained)
+                    finish(self._context, self._engine, self._bases, trained, self._planner)
                     self._trained.clear()
                 self._waiting.extend(arriving())
         except StoppedError:

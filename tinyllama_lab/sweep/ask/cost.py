@@ -12,6 +12,7 @@ from statistics import fmean, median
 from typing import Any
 
 from tinyllama_lab.config.schema import ALL, Config, DataConfig
+from tinyllama_lab.config.targets import step_share
 from tinyllama_lab.data.rows import RawRow
 from tinyllama_lab.data.splits.splits import Split
 from tinyllama_lab.report.analysis.comparison import Comparison, Scored
@@ -86,7 +87,12 @@ def known_costs(
     base = ("model.identity", "quant.kind", "quant.double", "train.precision")
     of_base = [t for t in trials if all(t.settings.get(k) == _flat(config, k) for k in base)]
     same_machine = [trial for trial in of_base if _ran_alike(trial, config)]
-    speeds = [rate for t in same_machine if (rate := t.metric("perf/train_tokens_per_s"))]
+    share = step_share(config.lora.targets)
+    speeds = [
+        rate * step_share(t.settings["lora.targets"]) / share
+        for t in same_machine
+        if (rate := t.metric("perf/train_tokens_per_s"))
+    ]
     peaks = [peak for t in same_machine if (peak := t.metric("memory/train_peak_mib"))]
     tokens, source = _tokens_a_row(of_base, config, split)
     return KnownCosts(

@@ -29,6 +29,8 @@ _GUESSED = (
     f"the rows of data.n=all are not known before the download; {GUESSED_ROWS:,} are assumed for "
     "the memory, and no time is told"
 )
+# a worker also reads rows and weights, and writes files; of SmolLM2 on two cores of a Xeon
+_SETUP_S, _LOADED_MIB_PER_S = 2.0, 200.0
 CHECKPOINT_MIB = 3.0  # of a checkpoint and the one before it, for each MiB of an adapter's file
 
 
@@ -101,11 +103,12 @@ class Forecast:
         if None in seconds.values():
             return None
         ends = [0.0] * self.workers
-        for keys in self.members:
+        for keys, pack in zip(self.members, self.reply["packs"], strict=True):
             if counted := [key for key in keys if key in seconds]:
                 # the worker that is free first takes the next pack
                 needed = math.fsum(seconds[key] or 0.0 for key in counted)
-                ends[ends.index(min(ends))] += float(self.reply["start_s"]) + needed
+                loading_s = _SETUP_S + pack["weights_mib"] / _LOADED_MIB_PER_S
+                ends[ends.index(min(ends))] += self.reply["start_s"] + loading_s + needed
         return max(ends)
 
     @property
@@ -202,9 +205,11 @@ class _Earlier:
         """Return the costs of a trial's base, and the estimated lengths of its rows."""
         science: Science = part(Science, planned.config)
         of_data = replace(science.data, n=1)
-        key = repr((science.model, science.quant, science.train.precision, of_data))
+        lora, precision = science.lora.targets, science.train.precision
+        key = repr((science.model, science.quant, lora, precision, of_data))
         if key not in self._known:
-            groups = {name: getattr(science, name) for name in ("model", "quant", "train", "data")}
+            names = ("model", "quant", "lora", "train", "data")
+            groups = {name: getattr(science, name) for name in names}
             config = replace(self._config, **groups)
             # models of other sources bring their tokenizer
             split = _split(config) if science.model.source in ("hub", "local") else None

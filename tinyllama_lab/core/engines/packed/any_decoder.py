@@ -124,8 +124,9 @@ class AnyDecoder:
     def _wrap_linear(self, name: str, module: Any, keep_dequantized: bool) -> None:
         forward, number = _forward_of(module), len(self.module_numbers)
         self.module_numbers[name] = number
-        if hasattr(module, "state"):  # int8, whose matmul is more than one with a matrix
-            weight: Any = _Size(module.in_features, [module.out_features])
+        weight: Any
+        if _has_own_product(module):
+            weight = _OwnWeight(module.in_features, [module.out_features])
         else:
             weight = FrozenWeight([module], self._base.dtype, keep_dequantized)
         columns = ModuleColumns(number, weight.inputs, weight.outputs, self.device)
@@ -206,23 +207,20 @@ class AnyDecoder:
             examples = [item.example for item in items]
             return generate(self._base, examples, tokens, stop, sampling, on_token)
 
-    def cache_bytes(self, positions: int) -> int:
-        """Return the bytes that a row keeps of keys and values."""
-        config: Any = self._model.config.get_text_config()
-        queries = config.num_attention_heads
-        heads = getattr(config, "num_key_value_heads", None) or queries
-        size = getattr(config, "head_dim", None) or config.hidden_size // queries
-        values = 2 * config.num_hidden_layers * heads * size * positions
-        return int(values * self._base.dtype.itemsize)
-
 
 def _forward_of(module: nn.Module) -> Callable[..., Any]:
     """Return a module's own forward pass, also where an earlier decoder has wrapped it."""
     return partial(type(module).forward, module)
 
 
+def _has_own_product(module: Any) -> bool:
+    """Return whether a linear layer is more than a product with its weight and a bias."""
+    is_plain = type(module).forward in (nn.Linear.forward, Conv1D.forward)
+    return not is_plain and not hasattr(module.weight, "quant_state")
+
+
 @dataclass(frozen=True)
-class _Size:
+class _OwnWeight:
     """Of a weight that only its own module reads."""
 
     inputs: int
@@ -239,7 +237,7 @@ def _linear(
     if current is None:
         return forward(x)
     batch, rows = current.batch(x.shape), x.reshape(-1, x.shape[-1])
-    if isinstance(linear.weight, _Size):
+    if isinstance(linear.weight, _OwnWeight):
         y: torch.Tensor = _Added.apply(forward(x).flatten(0, -2), rows, linear, batch)
     else:
         y = linear(rows, batch)

@@ -10,7 +10,8 @@ import peft
 import torch
 
 from tinyllama_lab.config.schema import LoraConfig
-from tinyllama_lab.core.engines.base import ADAPTER_BYTES, WorkItem, by_adapter
+from tinyllama_lab.core.engines.base import WorkItem, adapter_bytes, by_adapter
+from tinyllama_lab.core.engines.generate import cache_bytes
 from tinyllama_lab.core.engines.packed import fused_gpu
 from tinyllama_lab.core.engines.packed.adapter import PackedAdapter, Storage
 from tinyllama_lab.core.engines.packed.any_decoder import AnyDecoder
@@ -103,10 +104,7 @@ class PackedEngine:
         These are weights, gradients and moments in float32, and copies in the base's dtype.
         """
         parameters = lora.count_parameters(self._base.model, config)
-        size = ADAPTER_BYTES
-        if self._base.dtype != torch.float32:
-            size += self._base.dtype.itemsize
-        return parameters * size / MIB
+        return parameters * adapter_bytes(self._base.dtype) / MIB
 
     def groups(
         self, items: Sequence[WorkItem[PackedAdapter]]
@@ -157,7 +155,7 @@ class PackedEngine:
     def max_prompts(self, items: Sequence[WorkItem[PackedAdapter]], tokens: int) -> int:
         """Return how many prompts have room for their key and value caches."""
         longest = max(len(item.example.prompt_ids) for item in items) + tokens
-        return max(1, self._cache_mib * MIB // self.model.cache_bytes(longest))
+        return max(1, self._cache_mib * MIB // cache_bytes(self._base, longest))
 
     def remove(self, adapter: PackedAdapter) -> None:
         """Do nothing: the memory is freed with the last reference to the adapter."""

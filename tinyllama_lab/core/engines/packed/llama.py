@@ -147,11 +147,6 @@ class FrozenLlama:
         """Return the logits of every row of the residual stream, `[rows, vocabulary]`."""
         return self._norm.forward(hidden)[0] @ self._head.T
 
-    def cache_bytes(self, positions: int) -> int:
-        """Return the bytes that a row keeps of keys and values."""
-        values = 2 * len(self.layers) * self.heads.keys * self.heads.size * positions
-        return values * self.dtype.itemsize
-
     def rotary(self, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cosines and sines of at least `longest` positions, `[positions, size]` each."""
         if self._tables is None or len(self._tables[0]) < longest:
