@@ -18,7 +18,7 @@ from tinyllama_lab.core.engines.base import Adapter, Engine, WorkItem, adapter_b
 from tinyllama_lab.core.engines.packed.attention import LONGEST_FUSED, LONGEST_KEPT
 from tinyllama_lab.core.engines.packed.head import logits_mib
 from tinyllama_lab.core.evaluation.load import ScoringLoad
-from tinyllama_lab.core.meter import free_mib, kept_mib
+from tinyllama_lab.core.meter import HEAP_GAPS, free_mib, kept_mib
 from tinyllama_lab.core.out_of_memory import is_out_of_memory, unless_out_of_memory
 from tinyllama_lab.core.resident import kernels_kept
 from tinyllama_lab.core.training.micro_batch import SIZES
@@ -28,13 +28,15 @@ FEWEST_TOKENS = 256  # smaller micro-batches waste more time than a smaller pack
 MEASURED_TOKENS = 256  # of an example, where every token keeps as much
 BLOCKS_IN_HAND = 2  # gradients of the block in backward, in units of its kept activations
 HEAP_SLACK = 1.25  # tensors of changing sizes leave gaps in the C library's heap
-MOST_GAPS = 1.15  # of a step's activations; `PeakMemory` then returns freed memory
+MOST_GAPS = 1.25  # of a step's activations; `PeakMemory` then returns freed memory
+UNEVEN_GAPS, PEFT_INT8_GAPS = 0.25, 1.0  # in addition, where more is freed than activations
 LIBRARIES_MIB = 10  # that the first pass on a CPU loads
 BACKWARD_MIB = 25  # the same of the first backward pass and optimizer step
 # of the compiled matmuls: those of a micro-batch of new lengths, and the mean of one that is kept
 SHAPE_KERNELS_MIB, KERNEL_MIB = 9, 0.8
 MASK_BYTES = 4 * 8  # of a value of a dropout mask: integers that are mixed
-QUANTIZED_BYTES = 44  # of bitsandbytes for each weight of the largest matrix, on a CPU
+# of bitsandbytes for each weight of the largest matrix, on a CPU; int8 through PEFT
+FOUR_BIT_BYTES, INT8_BYTES = 44, 88
 SCORES_IN_HAND = 3  # of attention: scores, probabilities and their gradient
 INITIAL_BYTES = 4  # a parameter: PEFT's initial values, which the packed engine keeps once
 PASS_BLOCKS = 5  # tensors of a pass without gradients, in units of a block's kept activations
@@ -208,8 +210,10 @@ class Planner:
         tokens = self._longest_tokens
         if self._engine.grows_evenly:
             tokens = min(tokens, MEASURED_TOKENS)
-        kept = self._kept_mib(tokens, checkpointing=False)[0]
-        return self._baseline_mib + adapter_mib + kept + self._libraries_mib([adapter_mib])
+        kept, block = self._kept_mib(tokens, checkpointing=False)
+        passes = PASS_BLOCKS * block + self._scores_mib(tokens, tokens) + self._logits_mib(tokens)
+        held = self._baseline_mib + adapter_mib + self._libraries_mib([adapter_mib])
+        return held + kept + passes
 
     def scoring_mib(self, adapters: Sequence[float], load: ScoringLoad) -> float:
         """Return the peak of scoring adapters; `adapters` are MiB of each in training."""
@@ -222,16 +226,19 @@ class Planner:
             return held + max(BLOCKS_IN_HAND * block + LOGITS_MIB, load.cache_mib)
         self._shapes.update(sum(len(example.ids) for example in batch) for batch in load.batches)
         # scoring leaves its tensors in the heap, where generation finds no room
-        passes = max(map(self._pass_mib, load.batches)) + CACHE_COPIES * load.cache_mib
-        return held + self._libraries_mib(adapters) + passes
+        gaps = HEAP_GAPS if len(load.batches) > 2 else 0.0
+        passes = max(self._pass_mib(batch, gaps) for batch in load.batches)
+        libraries = self._libraries_mib(adapters) + BACKWARD_MIB
+        return held + libraries + passes + CACHE_COPIES * load.cache_mib
 
-    def _pass_mib(self, batch: Sequence[Example]) -> float:
+    def _pass_mib(self, batch: Sequence[Example], gaps: float) -> float:
         """Return MiB of a forward pass that keeps nothing, on a CPU."""
         tokens = sum(len(example.ids) for example in batch)
         longest = max(len(example.ids) for example in batch)
         block = self._kept_mib(tokens, checkpointing=False)[1]
-        labels = self._logits_mib(sum(example.labels for example in batch))
-        return PASS_BLOCKS * block + self._scores_mib(tokens, longest) + labels
+        labels = sum(example.labels for example in batch)
+        logits = self._logits_mib(labels) if self._is_packed else self._whole_logits_mib(labels)
+        return (1 + gaps) * (PASS_BLOCKS * block + self._scores_mib(tokens, longest)) + logits
 
     def predicted(self) -> dict[str, float]:
         """Return the highest predicted peak so far, as a metric in MiB."""
@@ -271,9 +278,7 @@ class Planner:
     ) -> float:
         """Return MiB of a step beside base and adapters, without the reserve of a plan."""
         kept, block = self._kept_mib(tokens, self.checkpointing)
-        is_long = self._longest_tokens > LONGEST_KEPT
-        is_even = self._is_plain and not (is_long or self.has_dropout)
-        gaps = heap_gaps(micro_batches, self._shape_count, is_even)
+        gaps = min(heap_gaps(micro_batches, self._shape_count) + self._uneven_gaps(), MOST_GAPS)
         head = self._logits_mib(tokens) + BACKWARD_MIB
         kept += (PASS_BLOCKS if self.checkpointing else BLOCKS_IN_HAND) * block
         kept += self._masks_mib(tokens)
@@ -290,27 +295,41 @@ class Planner:
         config = self._context.base.model.config
         return config.hidden_size, getattr(config, "intermediate_size", None) or 0
 
+    def _uneven_gaps(self) -> float:
+        """Return what is added to `heap_gaps` where something else is freed in between.
+
+        That is dequantized weights, attention scores of long rows, dropout masks, or what
+        transformers computes for PEFT's engine.
+        """
+        if not self._is_packed:
+            return PEFT_INT8_GAPS if self._is_quantized else UNEVEN_GAPS
+        is_long = self._longest_tokens > LONGEST_KEPT
+        return UNEVEN_GAPS if self._is_quantized or is_long or self.has_dropout else 0.0
+
     @property
     def _shape_count(self) -> int:
         return max(1, len(self._shapes) + self._more_shapes)
 
     @property
-    def _is_plain(self) -> bool:
-        is_quantized = bool(getattr(self._context.base.model, "is_quantized", False))
-        return self._engine.max_concurrent is None and not is_quantized
+    def _is_packed(self) -> bool:
+        return self._engine.max_concurrent is None
+
+    @property
+    def _is_quantized(self) -> bool:
+        return bool(getattr(self._context.base.model, "is_quantized", False))
 
     def _libraries_mib(self, adapters: Sequence[float]) -> float:
         """Return MiB of libraries and their kernels, and of the last initial values."""
         base = self._context.base
         initial = max(adapters, default=0.0) * INITIAL_BYTES / adapter_bytes(base.dtype)
-        is_quantized = bool(getattr(base.model, "is_quantized", False))
         kept = KERNEL_MIB * kernels_kept(len(adapters))
         kernels = min(SHAPE_KERNELS_MIB * self._shape_count, kept)
-        return LIBRARIES_MIB + kernels + initial + is_quantized * self._dequantizing_mib()
+        return LIBRARIES_MIB + kernels + initial + self._is_quantized * self._dequantizing_mib()
 
     def _dequantizing_mib(self) -> float:
         """Return MiB that making the largest matrix dense takes beside the result."""
-        return QUANTIZED_BYTES * 2 * math.prod(self._widths) / MIB  # gate and up
+        size = FOUR_BIT_BYTES if self._is_packed else INT8_BYTES
+        return size * 2 * math.prod(self._widths) / MIB  # gate and up
 
     def _scores_mib(self, tokens: int, longest: int) -> float:
         """Return MiB of attention scores that are not kept."""
@@ -324,6 +343,11 @@ class Planner:
         """Return MiB of the logits that are in memory at the same time."""
         base = self._context.base
         return logits_mib(labels, base.model.config.vocab_size, base.dtype.itemsize)
+
+    def _whole_logits_mib(self, labels: int) -> float:
+        """Return MiB of the logits of PEFT's engine, with float32 copies for their loss."""
+        base = self._context.base
+        return labels * base.model.config.vocab_size * (base.dtype.itemsize + 8) / MIB
 
     def _activations_mib(self, tokens: int) -> float:
         """Return MiB of kept activations, the gradients of one block, and a chunk of logits.
@@ -347,8 +371,8 @@ class Planner:
         return kept, block
 
 
-def heap_gaps(in_step: int, shapes: int, is_even: bool) -> float:
-    """Return the share of kept activations that gaps in the C library's heap take in addition.
+def heap_gaps(in_step: int, shapes: int) -> float:
+    """Return the share of a step's activations that gaps in the heap take in addition.
 
     Micro-batches differ in their lengths, and what one has freed rarely fits the next. Measured in
     packs of SmolLM2 on one Xeon; docs/plan.md has the errors.
@@ -356,8 +380,5 @@ def heap_gaps(in_step: int, shapes: int, is_even: bool) -> float:
     Args:
         in_step: micro-batches of the step; after each step all gaps join.
         shapes: lengths of micro-batches that differ, over all steps so far.
-        is_even: nothing else is freed in between: neither dequantized weights, nor attention
-            scores of long rows, nor what transformers computes for PEFT's engine.
     """
-    share = (0.05 if in_step > 1 else -0.25) + 0.28 * math.log2(shapes)
-    return min(max(0.0, share) + (0.0 if is_even else 0.25), MOST_GAPS)
+    return max(0.0, (0.1 if in_step > 1 else -0.2) + 0.28 * math.log2(shapes))
