@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tests.decoders import DECODERS, decoder
 from tests.llamas import base_of, example, examples, gradients, items_of, make_b_random, settings
@@ -141,3 +141,35 @@ def test_outside_of_a_pass_the_model_is_unchanged() -> None:
         before = model(input_ids=ids).logits
         PackedEngine(base_of(model))
         torch.testing.assert_close(model(input_ids=ids).logits, before, rtol=0, atol=0)
+
+
+def test_recomputing_in_peft_brings_no_dropout_of_the_base() -> None:
+    sizes = dict(hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4)
+    config = AutoConfig.for_model("opt", vocab_size=97, dropout=0.5, **sizes)
+    model = AutoModelForCausalLM.from_config(config).requires_grad_(False)
+    engine = PeftEngine(base_of(model))
+    item = WorkItem(engine.add(settings(targets=["q_proj"]), 0), example(30))
+    losses = []
+    for recomputed in (False, True):
+        engine.checkpoint_activations(recomputed)
+        losses.append(engine.example_losses([item]))
+        losses[-1].sum().backward()
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-6, atol=0)
+
+
+def test_generations_that_differ_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = decoder("qwen3")
+    generate = AnyDecoder.generate
+
+    def one_off(*args: Any) -> list[list[int]]:
+        return [[tokens[0], *tokens[:-1]] for tokens in generate(*args)]
+
+    monkeypatch.setattr(AnyDecoder, "generate", one_off)
+    reason = check.why_not_packed(base_of(model))
+    assert reason is not None and "generate other tokens" in reason
+
+
+def test_the_check_leaves_nothing_on_the_model() -> None:
+    model = decoder("phi3")
+    check.why_not_packed(base_of(model))
+    assert not [name for name, module in model.named_modules() if "forward" in vars(module)]

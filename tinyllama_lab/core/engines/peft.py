@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import peft
@@ -12,6 +13,7 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -21,13 +23,9 @@ from tinyllama_lab.core.engines.base import ADAPTER_BYTES, A, WorkItem, by_adapt
 from tinyllama_lab.core.engines.generate import ROWS, generate
 from tinyllama_lab.core.engines.sampling import TokenSampling
 from tinyllama_lab.core.models import lora
+from tinyllama_lab.core.models.heads import has_plain_head
 from tinyllama_lab.core.models.loading import Base
 from tinyllama_lab.metrics import MIB
-
-# Architectures whose logits are the output embedding of the last hidden state and nothing else,
-# so that the head may be evaluated at chosen positions. Others (soft caps, logit scales) pay for
-# every position.
-PLAIN_HEADS = {"llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3", "olmo2"}
 
 
 class PeftAdapter:
@@ -84,6 +82,7 @@ class PeftEngine:
     def __init__(self, base: Base) -> None:
         self._base = base
         self._adapter: PeftAdapter | None = None
+        self._recomputes = False
 
     def add(self, config: LoraConfig, seed: int) -> PeftAdapter:
         """Attach a new adapter."""
@@ -104,11 +103,8 @@ class PeftEngine:
         return by_adapter(items)
 
     def checkpoint_activations(self, enabled: bool) -> None:
-        """Turn gradient checkpointing of transformers on or off."""
-        if enabled:
-            self._base.model.gradient_checkpointing_enable({"use_reentrant": False})
-        else:
-            self._base.model.gradient_checkpointing_disable()
+        """Turn recomputing the activations of every block in backward on or off."""
+        self._recomputes = enabled
 
     def micro_batches(
         self, items: Sequence[WorkItem[PeftAdapter]], max_tokens: int
@@ -125,7 +121,11 @@ class PeftEngine:
         _train(base.model, torch.is_grad_enabled())
         examples = [item.example for item in items]
         batch = collate(examples, int(base.tokenizer.pad_token_id), base.device)
-        with self._active_adapter(items):
+        recomputes = self._recomputes and torch.is_grad_enabled()
+        with (
+            self._active_adapter(items),
+            _recomputed_blocks(base.model) if recomputes else nullcontext(),
+        ):
             losses = label_losses(base.model, batch).double()
         return losses.new_zeros(len(items)).index_add(0, batch.rows, losses)
 
@@ -183,8 +183,26 @@ def _train(model: nn.Module, is_training: bool) -> None:
     for module in model.modules():
         if isinstance(module, LoraLayer):
             module.lora_dropout.train(is_training)
-        elif isinstance(module, GradientCheckpointingLayer):
-            module.training = is_training  # else it would not recompute activations
+
+
+@contextmanager
+def _recomputed_blocks(model: nn.Module) -> Iterator[None]:
+    """Let backward compute the activations of all blocks again that run meanwhile.
+
+    Transformers does so only for blocks in training mode, where some have dropout of their own.
+    """
+    blocks = [each for each in model.modules() if isinstance(each, GradientCheckpointingLayer)]
+    before = [vars(block).get("forward") for block in blocks]
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for block, forward in zip(blocks, before, strict=True):
+            if forward is None:
+                del block.forward  # the class has it
+            else:
+                block.forward = forward
 
 
 @dataclass
@@ -218,7 +236,7 @@ def collate(examples: Sequence[Example], pad_id: int, device: torch.device) -> B
 
 def label_losses(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """Return the cross entropy (nats) of every label, `[labels]` in float32."""
-    if model.config.model_type in PLAIN_HEADS:
+    if has_plain_head(model):
         backbone = getattr(model, model.base_model_prefix)
         hidden = backbone(input_ids=batch.ids, use_cache=False).last_hidden_state
         # the head runs at labels alone: the logits of all positions would be the largest tensor

@@ -33,6 +33,7 @@ from tinyllama_lab.core.engines.packed.linear import PackedLinear
 from tinyllama_lab.core.engines.packed.segments import ModuleColumns
 from tinyllama_lab.core.engines.packed.weights import FrozenWeight
 from tinyllama_lab.core.engines.sampling import TokenSampling
+from tinyllama_lab.core.models.heads import has_plain_head
 from tinyllama_lab.core.models.loading import Base
 
 ATTENTION = "packed_sequences"  # its name in transformers' registry
@@ -114,14 +115,25 @@ class AnyDecoder:
         self.device = base.device
         self.checkpointing = False
         self.module_numbers: dict[str, int] = {}  # of every adaptable module, by name
-        self._has_plain_head: bool | None = None  # not known yet
+        self._has_plain_head = has_plain_head(self._model)
+        self._wrapped: list[Any] = []
         for name, module in self._model.named_modules():
             if isinstance(module, nn.Linear | Conv1D) and module is not self._head:
-                self._wrap_linear(name, module, keep_dequantized)
+                self._wrap(module, self._linear(name, module, keep_dequantized))
             elif isinstance(module, GradientCheckpointingLayer):
-                module.forward = partial(self._block, _forward_of(module))
+                self._wrap(module, partial(self._block, _forward_of(module)))
 
-    def _wrap_linear(self, name: str, module: Any, keep_dequantized: bool) -> None:
+    def close(self) -> None:
+        """Make the modules of the model what they were."""
+        for module in self._wrapped:
+            vars(module).pop("forward", None)
+        self._wrapped.clear()
+
+    def _wrap(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        module.forward = forward
+        self._wrapped.append(module)
+
+    def _linear(self, name: str, module: Any, keep_dequantized: bool) -> Callable[..., Any]:
         forward, number = _forward_of(module), len(self.module_numbers)
         self.module_numbers[name] = number
         weight: Any
@@ -131,7 +143,7 @@ class AnyDecoder:
             weight = FrozenWeight([module], self._base.dtype, keep_dequantized)
         columns = ModuleColumns(number, weight.inputs, weight.outputs, self.device)
         linear = PackedLinear(Plain(), weight, [name], columns)
-        module.forward = partial(_linear, linear, forward, module.bias)
+        return partial(_linear, linear, forward, module.bias)
 
     def _block(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a block, of which backward may compute the activations again."""
@@ -171,28 +183,14 @@ class AnyDecoder:
             if torch.is_grad_enabled():
                 # so that autograd runs the backward of the linear layers
                 inputs["inputs_embeds"].requires_grad_()
-            if self._is_head_plain(inputs):
+            if self._has_plain_head:
                 hidden = self._backbone(**inputs).last_hidden_state[0]
                 # labels alone go through the head: no other token has a loss
                 hidden = hidden.index_select(0, batch.label_at)
                 return HeadLoss.apply(hidden, self._head.weight, batch.targets)
+            # a head that scales or caps logits: those of all labels at the same time
             logits = self._model(**inputs, logits_to_keep=batch.label_at).logits[0]
         return functional.cross_entropy(logits.float(), batch.targets, reduction="none")
-
-    @torch.no_grad()
-    def _is_head_plain(self, inputs: dict[str, Any]) -> bool:
-        """Return whether logits are the last hidden state times a matrix, and nothing else.
-
-        Tried once. Others (soft caps, scales, biases) pay for all logits at the same time.
-        """
-        if self._has_plain_head is None:
-            at = torch.arange(min(2, inputs["inputs_embeds"].shape[1]), device=self.device)
-            hidden = self._backbone(**inputs).last_hidden_state[0, at]
-            logits = self._model(**inputs, logits_to_keep=at).logits[0]
-            expected = hidden @ self._head.weight.T
-            apart = (logits - expected).abs().max()
-            self._has_plain_head = bool(apart <= 1e-3 * expected.abs().max())
-        return self._has_plain_head
 
     def generate(
         self,

@@ -66,6 +66,11 @@ class PackedEngine:
         self._last_initial: tuple[tuple[LoraConfig, int], Any, dict[str, torch.Tensor]] | None
         self._last_initial = None
 
+    def close(self) -> None:
+        """Leave the base as it was before this engine."""
+        if isinstance(self.model, AnyDecoder):
+            self.model.close()
+
     def add(self, config: LoraConfig, seed: int) -> PackedAdapter:
         """Add a new adapter with PEFT's initial values."""
         settings, initial = self._initial(config, seed)
