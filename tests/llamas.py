@@ -11,7 +11,7 @@ import peft
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from tinyllama_lab.config.schema import LoraConfig
+from tinyllama_lab.config.lora import LoraConfig
 from tinyllama_lab.core.dataset.dataset import Example
 from tinyllama_lab.core.engines.base import Adapter, WorkItem
 from tinyllama_lab.core.models import lora
@@ -93,7 +93,13 @@ def examples(lengths: Iterable[int]) -> list[Example]:
 def settings(**changes: Any) -> LoraConfig:
     """`lora.*` with plain values."""
     plain: dict[str, Any] = dict(
-        r=4, alpha=None, dropout=0.0, targets="all_linear", variant="lora"
+        r=4,
+        alpha=None,
+        dropout=0.0,
+        targets="all_linear",
+        layers="all",
+        rank_pattern=None,
+        variant="lora",
     )
     return LoraConfig(**plain | changes)
 

@@ -103,7 +103,9 @@ ON_THE_BOUND = {
     "lora.r": [1, 1024],
     "lora.alpha": [0.5, 3],
     "lora.dropout": [0, 0.999],
-    "lora.targets": [["q_proj", "v_proj"], "mlp"],
+    "lora.targets": [["q_proj", "v_proj"], "mlp", "regex:.*_proj"],
+    "lora.layers": ["all", "first_1", "last_30", [0, 29]],
+    "lora.rank_pattern": [None, {"down_proj": 1, r"layers\.0\..*": 1024}],
     "train.lr": [1, 1e-9],
     "train.epochs": [0.01, 1000],
     "train.clip_norm": [None, 1],
@@ -122,7 +124,7 @@ def test_a_value_on_its_bound_is_taken(key: str, value: Any) -> None:
 
 @pytest.mark.parametrize("key", KEYS)
 def test_no_setting_takes_what_is_no_value_of_its_kind(key: str) -> None:
-    assert all(value_problem(key, bad) for bad in (math.nan, math.inf, object(), {"a": 1}))
+    assert all(value_problem(key, bad) for bad in (math.nan, math.inf, object(), {"a": 0}, {1: 1}))
 
 
 @pytest.mark.parametrize("key", KEYS)

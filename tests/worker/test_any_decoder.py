@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tests.decoders import DECODERS, decoder
 from tests.llamas import base_of, example, examples, gradients, items_of, make_b_random, settings
-from tinyllama_lab.config.schema import LoraConfig
+from tinyllama_lab.config.lora import LoraConfig
 from tinyllama_lab.core.dataset.dataset import Example
 from tinyllama_lab.core.engines.base import WorkItem
 from tinyllama_lab.core.engines.packed.any_decoder import AnyDecoder

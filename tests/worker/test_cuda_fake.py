@@ -27,7 +27,8 @@ from tests.llamas import (
     settings,
 )
 from tests.packs import Lab, never, quickly
-from tinyllama_lab.config.schema import LoraConfig, Science, part
+from tinyllama_lab.config.lora import LoraConfig
+from tinyllama_lab.config.schema import Science, part
 from tinyllama_lab.core.engines.base import WorkItem
 from tinyllama_lab.core.engines.packed.elementwise import SwiGlu
 from tinyllama_lab.core.engines.packed.engine import PackedEngine

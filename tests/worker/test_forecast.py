@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from tests.llamas import base_of, example, llama
-from tinyllama_lab.config.schema import HardwareConfig, LoraConfig, ModelConfig, Science, part
+from tinyllama_lab.config.lora import LoraConfig
+from tinyllama_lab.config.schema import HardwareConfig, ModelConfig, Science, part
 from tinyllama_lab.config.variants import VARIANTS
 from tinyllama_lab.core.context import WorkerContext
 from tinyllama_lab.core.engines.packed.engine import PackedEngine

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from tests.llamas import base_of, example, examples, gradients, items_of, llama, settings
 from tests.worker.test_packed_linear import Named, nonzero_adapters, peft_gradients, same
-from tinyllama_lab.config.schema import LoraConfig
+from tinyllama_lab.config.lora import LoraConfig
 from tinyllama_lab.core.engines.base import WorkItem
 from tinyllama_lab.core.engines.packed import fused_gpu
 from tinyllama_lab.core.engines.packed.batch import lay_out

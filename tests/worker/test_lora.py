@@ -14,7 +14,8 @@ import torch
 
 from tests.llamas import items_of, make_b_random
 from tests.packs import never, train_all
-from tinyllama_lab.config.schema import LoraConfig, QuantConfig, Science, part
+from tinyllama_lab.config.lora import LoraConfig
+from tinyllama_lab.config.schema import QuantConfig, Science, part
 from tinyllama_lab.core.dataset.dataset import DataCache, Prepared
 from tinyllama_lab.core.engines.base import Engine
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
@@ -84,7 +85,6 @@ def test_the_seed_decides_a_and_b_is_zero(tiny_base: Base, settings: Any) -> Non
 def test_targets_are_the_modules_that_get_an_adapter(
     targets: Any, expected: list[str], tiny_base: Base, settings: Any
 ) -> None:
-    assert sorted(lora.target_modules(tiny_base.model, targets)) == expected
     names = values(tiny_base, settings(targets=targets), 0)
     assert sorted({name.split(".lora_")[0].rpartition(".")[2] for name in names}) == expected
     assert len(names) == 2 * 2 * len(expected)  # two layers, A and B

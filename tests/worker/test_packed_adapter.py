@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from tests.llamas import apart, base_of, examples, items_of, llama, make_b_random, settings
-from tinyllama_lab.config.schema import LoraConfig
+from tinyllama_lab.config.lora import LoraConfig
 from tinyllama_lab.core.engines.packed.adapter import PackedAdapter, Storage
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
 from tinyllama_lab.core.engines.packed.layout import ALIGN, Layout
 from tinyllama_lab.core.engines.peft import PeftEngine
 from tinyllama_lab.core.models import lora
 from tinyllama_lab.core.models.loading import Base
+from tinyllama_lab.core.models.lora import LowRank
 
 CONFIGS = {
     "plain": settings(),
@@ -150,7 +151,7 @@ SHAPES = st.dictionaries(
 
 @given(SHAPES, st.integers(1, 5))
 def test_matrices_do_not_overlap(shapes: dict[str, tuple[int, int]], rank: int) -> None:
-    layout = Layout(rank, shapes)
+    layout = Layout({name: LowRank(*shape, rank) for name, shape in shapes.items()})
     flat = torch.zeros(layout.size)
     views = layout.split(flat)
     for number, view in enumerate(views.values(), 1):

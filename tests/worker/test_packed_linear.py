@@ -25,7 +25,7 @@ from tests.llamas import (
     settings,
     worn,
 )
-from tinyllama_lab.config.schema import LoraConfig
+from tinyllama_lab.config.lora import LoraConfig
 from tinyllama_lab.core.dataset.dataset import Example
 from tinyllama_lab.core.engines.base import Adapter, WorkItem
 from tinyllama_lab.core.engines.packed.adapter import PackedAdapter

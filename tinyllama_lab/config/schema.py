@@ -12,15 +12,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from tinyllama_lab.config.lora import LoraConfig
 from tinyllama_lab.config.sources import SOURCES, SourceKind
 from tinyllama_lab.config.validate import build, check, rule
-from tinyllama_lab.config.variants import VARIANTS
 from tinyllama_lab.errors import ConfigError, StudyError
 from tinyllama_lab.study.evaluations import CONFIRMATION, HELDOUT
 from tinyllama_lab.study.study import safe_name
 
 QUANTS = ("none", "int8", "nf4", "fp4")
-TARGETS = ("attention_qv", "attention", "mlp", "all_linear")
 STYLES = ("chat", "instruction_response", "query_intent_response", "text")
 HUB_COLUMNS = 4  # first `data.rendering` at which the worker recognises other columns of hub sets
 ALL = "all"  # value of `data.n`: every usable training row
@@ -174,27 +173,6 @@ class DataConfig:
             )
         if self.style == "query_intent_response" and not columns.intent:
             yield "data.columns.intent must be set when data.style=query_intent_response, got null"
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraConfig:
-    """The adapter. A null `alpha` means 2 r."""
-
-    r: int = rule(least=1, most=1024)
-    alpha: float | None = rule(above=0)
-    dropout: float = rule(least=0, below=1)  # at 1 nothing of the adapter would be left to train
-    targets: str | list[str] = rule(choices=TARGETS)
-    variant: str = rule(choices=tuple(VARIANTS), recipe="A LoRA variant")
-
-    def problems(self) -> Iterator[str]:
-        """Yield the settings that contradict each other."""
-        if self.targets == []:
-            yield "lora.targets must name at least one module, got []; set lora.targets=attention"
-
-    @property
-    def scale_alpha(self) -> float:
-        """The effective alpha."""
-        return 2.0 * self.r if self.alpha is None else self.alpha
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,16 +1,66 @@
-"""Module names of a Llama for each value of `lora.targets`; driver and worker both use them."""
+"""What `lora.targets` and `lora.layers` select; driver and worker both use it."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
+# of a Llama; other architectures have other names for the same layers
 TARGET_GROUPS = {
     "attention_qv": ("q_proj", "v_proj"),
     "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
     "mlp": ("gate_proj", "up_proj", "down_proj"),
 }
 LLAMA_MODULES = (*TARGET_GROUPS["attention"], *TARGET_GROUPS["mlp"])
+EXPRESSION = "regex:"  # begins a value of `lora.targets` that is matched with whole module names
+LAYERS = re.compile(r"all|(first|last)_([1-9]\d*)")
 _ADAPTERS_SHARE = 0.23  # of a step on a CPU, where all modules are adapted; benchmarks/README.md
+_QUERY_AND_VALUE = {"q_proj", "v_proj"}
+# of architectures where queries, keys and values come from one matrix
+_FUSED = {"qkv_proj", "query_key_value", "c_attn", "Wqkv"}
+_OF_BLOCK = re.compile(r"(?:^|\.)\d+\.(.+)")  # the name of a module within its layer
+
+
+def expression_of(targets: str) -> str | None:
+    """Return the regular expression of a `lora.targets`, or None if it is none."""
+    return targets.removeprefix(EXPRESSION) if targets.startswith(EXPRESSION) else None
+
+
+def group_names(group: str, modules: Sequence[str]) -> list[str]:
+    """Return the names of a group's modules in a model; empty if it has none.
+
+    Args:
+        group: one of `TARGET_GROUPS`.
+        modules: full names of the model's linear layers.
+    """
+    in_block = {name: found[1] for name in modules if (found := _OF_BLOCK.search(name))}
+    attention = {n for n, name in in_block.items() if "att" in name.rpartition(".")[0]}
+    if group == "mlp":
+        members = in_block.keys() - attention
+    elif group == "attention":
+        members = attention
+    else:
+        leaves = {name.rpartition(".")[2] for name in attention}
+        wanted = _QUERY_AND_VALUE if leaves >= _QUERY_AND_VALUE else _FUSED
+        members = {name for name in attention if name.rpartition(".")[2] in wanted}
+    others = {name.rpartition(".")[2] for name in modules if name not in members}
+    names = set()
+    for name in members:
+        leaf = name.rpartition(".")[2]
+        # GPT-2 has a c_proj in attention and in the MLP
+        names.add(".".join(name.split(".")[-2:]) if leaf in others else leaf)
+    return sorted(names)
+
+
+def layer_numbers(layers: str | Sequence[int], count: int) -> list[int] | None:
+    """Return the layers that `lora.layers` selects in a model with `count`; None for all."""
+    if not isinstance(layers, str):
+        return sorted(set(layers))
+    found = LAYERS.fullmatch(layers)
+    if found is None or found[1] is None:
+        return None
+    number = int(found[2])
+    return list(range(number) if found[1] == "first" else range(count - number, count))
 
 
 def step_share(targets: str | Sequence[str]) -> float:

@@ -22,6 +22,8 @@ def rule(
     most: float | None = None,
     below: float | None = None,
     choices: tuple[str, ...] = (),
+    prefix: str = "",
+    example: str = "",
     recipe: str = "",
 ) -> Any:
     """Declare a dataclass field with the bounds of its value.
@@ -32,10 +34,13 @@ def rule(
         most: largest valid value.
         below: the value must be smaller than this.
         choices: valid strings; all strings if empty.
+        prefix: begins strings that are valid in addition.
+        example: a value, as it is typed, for the message about one of the wrong kind.
         recipe: the heading in docs/extending.md that says how to add a choice.
     """
     bounds = {"least": least, "above": above, "most": most, "below": below, "choices": choices}
-    return field(metadata={**bounds, "recipe": recipe})
+    texts = {"prefix": prefix, "example": example, "recipe": recipe}
+    return field(metadata={**bounds, **texts})
 
 
 def known_keys(cls: Any, prefix: str = "") -> list[str]:
@@ -130,21 +135,33 @@ def check(key: str, value: Any, kind: Any, bounds: Mapping[str, Any]) -> str | N
         return _count_problem(key, value, bounds)
     if not any(_fits(value, option) for option in kinds):
         expected = " or ".join(_spell(option) for option in kinds)
-        return f"{key} must be {expected}, got {value!r}; {_where(key)}"
-    if isinstance(value, str) and bounds.get("choices") and value not in bounds["choices"]:
+        example = bounds.get("example")
+        way = f"type {shlex.quote(f'{key}={example}')}" if example else _where(key)
+        return f"{key} must be {expected}, got {value!r}; {way}"
+    if isinstance(value, str) and _is_unknown(value, bounds):
         choices = list(bounds["choices"])
         hint = nearest(value, choices)
+        if prefix := bounds.get("prefix"):
+            choices.append(f"{prefix}...")
         if way := way_to_list(key, value, kinds):
             choices[-1] += ", or a list of names"
             hint = hint or f"; type {way}"
         if recipe := bounds.get("recipe"):
             hint = hint or f"; type one of them, or add one: '{recipe}' in docs/extending.md"
         return not_a_choice(key, value, choices, hint)
+    if isinstance(value, dict):
+        inside = (check(f"{key}.{name}", each, int, bounds) for name, each in value.items())
+        return next((problem for problem in inside if problem), None)
     if isinstance(value, int | float) and not isinstance(value, bool):
         for name, (words, holds) in _BOUNDS.items():
             if bounds.get(name) is not None and not holds(value, bounds[name]):
                 return f"{key} must be {words} {bounds[name]}, got {value}; {_where(key)}"
     return None
+
+
+def _is_unknown(word: str, bounds: Mapping[str, Any]) -> bool:
+    choices, prefix = bounds.get("choices"), bounds.get("prefix")
+    return bool(choices and word not in choices and not (prefix and word.startswith(prefix)))
 
 
 def way_to_list(key: str, names: str, kinds: Iterable[Any]) -> str:
@@ -188,6 +205,8 @@ def _fits(value: Any, kind: Any) -> bool:
     if typing.get_origin(kind) is list:
         (inner,) = typing.get_args(kind)
         return isinstance(value, list) and all(_fits(element, inner) for element in value)
+    if typing.get_origin(kind) is dict:
+        return isinstance(value, dict) and all(isinstance(name, str) for name in value)
     return isinstance(value, kind)
 
 
@@ -197,6 +216,8 @@ def _spell(kind: Any) -> str:
     if typing.get_origin(kind) is list:
         plurals = {int: "integers", float: "numbers", str: "strings"}
         return f"a list of {plurals[typing.get_args(kind)[0]]}"
+    if typing.get_origin(kind) is dict:
+        return "names with values"
     return "null" if kind is type(None) else names.get(kind, "a group of settings")
 
 

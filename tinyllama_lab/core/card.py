@@ -157,7 +157,9 @@ def _front(facts: Facts) -> ModelCardData:
 def _what(facts: Facts) -> str:
     lora, result = facts.science.lora, facts.result
     config = json.loads(facts.trial.adapter_config_file.read_text(encoding="utf-8"))
-    modules = ", ".join(f"`{name}`" for name in sorted(config["target_modules"]))
+    targets = config["target_modules"]
+    names = [targets] if isinstance(targets, str) else sorted(targets)
+    modules = ", ".join(f"`{name}`" for name in names)
     size = METRICS["size/adapter_mib"].shown(result.metrics["size/adapter_mib"])
     version = result.environment.get("versions", {}).get(LIBRARY)
     kind = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA"}.get(lora.variant, lora.variant)

@@ -34,6 +34,8 @@ NEUTRAL: dict[str, Any] = {
     "data.columns.system": None,
     "data.columns.tools": None,
     "data.columns.group": None,
+    "lora.layers": "all",
+    "lora.rank_pattern": None,
     "eval.general": False,
     "eval.rows": "heldout",
 }
@@ -117,13 +119,12 @@ def _science(config: Mapping[str, Any]) -> dict[str, Any]:
     return science
 
 
-def _owner(config: Mapping[str, Any], name: str) -> tuple[dict[str, Any], str]:
-    """Return the group that contains a dotted setting, and the setting's name in it."""
+def _owner(config: Any, name: str) -> tuple[dict[str, Any], str]:
+    """Return the group that contains a dotted setting, empty if absent, and its name in it."""
     *groups, last = name.split(".")
-    owner: Any = config
     for group in groups:
-        owner = owner.get(group, {})
-    return owner, last
+        config = config.get(group) or {}
+    return config, last
 
 
 def cell_key(config: Mapping[str, Any]) -> str:

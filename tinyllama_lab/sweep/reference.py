@@ -154,8 +154,11 @@ def _allowed(kind: Any, bounds: Mapping[str, Any]) -> str:
         return " or ".join(_allowed(member, bounds) for member in typing.get_args(kind))
     if typing.get_origin(kind) is list:
         return f"list of {_allowed(typing.get_args(kind)[0], {})}s"
+    if typing.get_origin(kind) is dict:
+        return f"names, each with {_allowed(typing.get_args(kind)[1], bounds)}"
     if kind is str and bounds.get("choices"):
-        return ", ".join(f"`{choice}`" for choice in bounds["choices"])
+        choices = [f"`{choice}`" for choice in bounds["choices"]]
+        return ", ".join([*choices, *([f"`{prefix}…`"] if (prefix := bounds["prefix"]) else [])])
     limits = [f"{sign} {bounds[n]}" for n, sign in _SIGNS.items() if bounds.get(n) is not None]
     return " ".join([_NAMES[kind], " and ".join(limits if kind in (int, float) else [])]).strip()
 

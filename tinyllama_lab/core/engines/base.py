@@ -15,7 +15,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import nn
 
-from tinyllama_lab.config.schema import LoraConfig
+from tinyllama_lab.config.lora import LoraConfig
 from tinyllama_lab.core.dataset.dataset import Example
 from tinyllama_lab.core.engines.sampling import TokenSampling
 

@@ -11,7 +11,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from tinyllama_lab.config.schema import HardwareConfig, LoraConfig, Science
+from tinyllama_lab.config.lora import LoraConfig, plain_lora
+from tinyllama_lab.config.schema import HardwareConfig, Science
+from tinyllama_lab.config.targets import expression_of
 from tinyllama_lab.config.variants import VARIANTS
 from tinyllama_lab.core.context import WorkerContext, gpu_tokens
 from tinyllama_lab.core.dataset.example import Example
@@ -158,7 +160,7 @@ class Forecaster:
         """Whether a pass of packed rows runs on the base; a worker compares it with PEFT's too."""
         if self._outline.quant.kind == "int8":
             return False
-        lora = LoraConfig(r=2, alpha=None, dropout=0.0, targets="attention_qv", variant="lora")
+        lora = plain_lora(r=2, targets="attention_qv")
         row = Example((0,) * 4, (True,) * 4, (0,), "", "", "")
         try:
             kept_mib_per_token(self._outline, lora, row, packed=True, is_gpu=False)
@@ -179,7 +181,7 @@ class Forecaster:
         header = {
             f"base_model.model.{name}.lora_{part}.weight": {
                 "dtype": "F32",
-                "shape": [lora.r, shape[0]],
+                "shape": [shape.rank, shape.outputs],
                 "data_offsets": [count, count],
             }
             for name, shape in shapes.items()
@@ -281,7 +283,7 @@ class Forecaster:
 
         It grows in proportion to the rank, so two ranks are traced and the others computed.
         """
-        lora, longest = trial.science.lora, trial.rows.longest
+        lora, longest = _of_any_layer(trial.science.lora), trial.rows.longest
         packed = self.is_packed(lora)
         alike = asdict(lora) | {"r": None, "alpha": None}
         key = repr((alike, len(longest.ids), longest.labels, packed))
@@ -351,3 +353,13 @@ class Forecaster:
         ]
         limit = 2 * context.micro_batch_tokens
         return planner.scoring_mib(sizes, scoring_load(self._base, engine, scored, limit, least))
+
+
+def _of_any_layer(lora: LoraConfig) -> LoraConfig:
+    """Return settings that adapt every layer, for a model of one or two that stands for all.
+
+    What tokens keep for adapters that are not there is then counted too.
+    """
+    is_expression = isinstance(lora.targets, str) and expression_of(lora.targets) is not None
+    targets = "all_linear" if is_expression else lora.targets
+    return replace(lora, layers="all", rank_pattern=None, targets=targets)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tinyllama_lab.config.schema import LoraConfig
+from tinyllama_lab.config.lora import LoraConfig
 from tinyllama_lab.core.dataset.example import Example
 from tinyllama_lab.core.engines.base import Engine, WorkItem
 from tinyllama_lab.core.engines.packed.attention import LONGEST_KEPT

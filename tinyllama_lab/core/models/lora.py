@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import peft
 import torch
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from tinyllama_lab.config.schema import LoraConfig
-from tinyllama_lab.config.targets import TARGET_GROUPS
+from tinyllama_lab.config.lora import LoraConfig
+from tinyllama_lab.config.targets import expression_of, group_names, layer_numbers
 from tinyllama_lab.config.variants import VARIANTS
 from tinyllama_lab.core.models.quiet import no_peft_deprecation
 from tinyllama_lab.errors import ModelError
@@ -22,49 +25,148 @@ from tinyllama_lab.study.trial import ADAPTER_WEIGHTS
 _NOTED_SHARE = 0.01  # of the weights; if as many have no adapter, a note says so
 
 
-def target_modules(model: nn.Module, targets: str | list[str]) -> list[str]:
-    """Return the module names that `lora.targets` selects.
+class LowRank(NamedTuple):
+    """The shape of an adapter on one module: `A [rank, inputs]` and `B [outputs, rank]`."""
 
-    Raises:
-        ModelError: a name matches no linear module. PEFT accepts a list if only some names match,
-            and would train fewer modules than requested.
-    """
-    # the head is a linear layer too, but `all_linear` must not adapt it, as in PEFT
+    outputs: int
+    inputs: int
+    rank: int
+
+    @property
+    def parameters(self) -> int:
+        """Return the values of A and B."""
+        return self.rank * (self.outputs + self.inputs)
+
+
+def linear_modules(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
+    """Return the layers that an adapter may adapt, by name: all linear ones but the head."""
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    linear = {
-        name.rpartition(".")[2]
+    return {
+        name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and module is not head
     }
-    if targets == "all_linear":
-        return sorted(linear)
-    names = targets if isinstance(targets, list) else list(TARGET_GROUPS.get(targets, [targets]))
-    missing = sorted(set(names) - linear)
-    if missing:
+
+
+def peft_config(model: PreTrainedModel, lora: LoraConfig) -> peft.LoraConfig:
+    """Return PEFT's settings of an adapter.
+
+    Raises:
+        ModelError: a name, layer or expression matches no linear layer of the model. PEFT accepts
+            a list if only some names match, and would train fewer modules than requested.
+    """
+    linear = linear_modules(model)
+    ranks = lora.rank_pattern or {}
+    # the scale alpha / r is the same everywhere; that of rslora follows each rank by itself
+    alphas = (
+        {}
+        if lora.variant == "rslora"
+        else {name: _short(lora.scale_alpha * rank / lora.r) for name, rank in ranks.items()}
+    )
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=_short(lora.scale_alpha),
+        lora_dropout=lora.dropout,
+        target_modules=target_modules(linear, lora.targets),
+        layers_to_transform=_layers(model, lora.layers),
+        rank_pattern=dict(ranks),
+        alpha_pattern=alphas,
+        bias="none",
+        **VARIANTS[lora.variant].peft,
+    )
+    _check_matches(model, linear, lora, config)
+    return config
+
+
+def _short(alpha: float) -> Any:
+    """Return an alpha as an integer where it is one; readers of PEFT's files may expect that."""
+    return int(alpha) if alpha.is_integer() else alpha
+
+
+def _layers(model: PreTrainedModel, layers: str | list[int]) -> list[int] | None:
+    """Return the numbers of the layers that `lora.layers` selects; None for all."""
+    count = int(model.config.num_hidden_layers)
+    numbers = layer_numbers(layers, count)
+    if numbers and not 0 <= min(numbers) <= max(numbers) < count:
         raise ModelError(
-            f"lora.targets must name modules of the model, got {', '.join(missing)}; "
-            f"this model has {', '.join(sorted(linear))}; set lora.targets=all_linear, or some "
-            f"of them such as lora.targets=[{min(linear)}]"
+            f"lora.layers must name layers of the model, which has {count} from 0 to {count - 1}, "
+            f"got {layers}; set lora.layers=all"
+        )
+    return numbers
+
+
+def target_modules(linear: Mapping[str, nn.Module], targets: str | list[str]) -> str | list[str]:
+    """Return the module names that `lora.targets` selects, as PEFT takes them.
+
+    Args:
+        linear: as `linear_modules` returns it.
+        targets: the setting.
+
+    Raises:
+        ModelError: a name matches no linear layer.
+    """
+    if isinstance(targets, str) and (expression := expression_of(targets)) is not None:
+        return expression
+    if targets == "all_linear":
+        return sorted({name.rpartition(".")[2] for name in linear})
+    names = group_names(targets, list(linear)) if isinstance(targets, str) else targets
+    missing = [name for name in names if not any(_is_named(full, name) for full in linear)]
+    if missing or not names:
+        found = sorted({name.rpartition(".")[2] for name in linear})
+        raise ModelError(
+            f"lora.targets must name modules of the model, got {', '.join(missing) or targets}; "
+            f"this model has {', '.join(found)}; set lora.targets=all_linear, or some "
+            f"of them such as lora.targets=[{found[0]}]"
         )
     return names
 
 
+def _is_named(full: str, name: str) -> bool:
+    return full == name or full.endswith(f".{name}")
+
+
+def _check_matches(
+    model: PreTrainedModel,
+    linear: Mapping[str, nn.Module],
+    lora: LoraConfig,
+    config: peft.LoraConfig,
+) -> None:
+    """Refuse targets and patterns that match nothing, or what is no linear layer."""
+    matched = [n for n, _ in model.named_modules() if check_target_module_exists(config, n)]
+    if others := [name for name in matched if name not in linear]:
+        raise ModelError(
+            "lora.targets must match linear layers that lie before the head, got "
+            f"{lora.targets!r}, which matches {others[0]}"
+        )
+    if not matched:
+        raise ModelError(
+            f"lora.targets and lora.layers must match linear layers, got {lora.targets!r} and "
+            f"{lora.layers!r}; this model has layers such as {next(iter(linear))}"
+        )
+    for pattern in config.rank_pattern or ():
+        if not any(get_pattern_key([pattern], name) == pattern for name in matched):
+            raise ModelError(
+                f"lora.rank_pattern must name adapted modules, got {pattern!r}; adapted are "
+                f"{', '.join(sorted({name.rpartition('.')[2] for name in matched}))}"
+            )
+
+
+def of_module(patterns: Mapping[str, Any] | None, module: str, other: Any) -> Any:
+    """Return the value of the first of PEFT's patterns that matches a module, or `other`."""
+    # PEFT returns the name itself where none matches
+    return (patterns or {}).get(get_pattern_key(list(patterns or ()), module), other)
+
+
 def attach(model: PreTrainedModel, lora: LoraConfig, seed: int) -> peft.PeftModel:
-    """Attach a new adapter to the base; the seed decides its initial values."""
+    """Attach a new adapter to the base; the seed decides its initial values.
+
+    Raises:
+        ModelError: as in `peft_config`.
+    """
+    config = peft_config(model, lora)
     # PEFT draws initial values from the global generator, and later its dropout masks
     torch.manual_seed(seed)
-    alpha: Any = lora.scale_alpha  # PEFT's type says int, its code takes any number
-    if alpha.is_integer():
-        alpha = int(alpha)  # readers of adapter_config.json may accept only integers
-    config = peft.LoraConfig(
-        task_type="CAUSAL_LM",
-        r=lora.r,
-        lora_alpha=alpha,
-        lora_dropout=lora.dropout,
-        target_modules=target_modules(model, lora.targets),
-        bias="none",
-        **VARIANTS[lora.variant].peft,
-    )
     revision = getattr(model.config, "_commit_hash", None)  # of the base, for AutoPeftModel
     with no_peft_deprecation():
         return peft.get_peft_model(model, config, revision=revision)
@@ -80,19 +182,26 @@ def count_parameters(model: PreTrainedModel, lora: LoraConfig) -> int:
     """Return the number of values of an adapter, without creating it."""
     shapes = target_shapes(model, lora).values()
     has_magnitudes = VARIANTS[lora.variant].trains_magnitudes
-    magnitudes = sum(outputs for outputs, _ in shapes) if has_magnitudes else 0
-    return magnitudes + sum(lora.r * (outputs + inputs) for outputs, inputs in shapes)
+    magnitudes = sum(shape.outputs for shape in shapes) if has_magnitudes else 0
+    return magnitudes + sum(shape.parameters for shape in shapes)
 
 
-def target_shapes(model: PreTrainedModel, lora: LoraConfig) -> dict[str, tuple[int, int]]:
-    """Return `(outputs, inputs)` of every module that an adapter adapts, by module name."""
-    targets = set(target_modules(model, lora.targets))
-    shapes: dict[str, tuple[int, int]] = {}
-    for name, module in model.named_modules():
-        if name.rpartition(".")[2] in targets and isinstance(module, nn.Linear):
-            shapes[name] = (module.out_features, module.in_features)
-        elif name.rpartition(".")[2] in targets and isinstance(module, Conv1D):
-            shapes[name] = (module.weight.shape[1], module.weight.shape[0])
+def target_shapes(model: PreTrainedModel, lora: LoraConfig) -> dict[str, LowRank]:
+    """Return the shape of an adapter on every module that it adapts, by module name.
+
+    Raises:
+        ModelError: as in `peft_config`.
+    """
+    config = peft_config(model, lora)
+    shapes: dict[str, LowRank] = {}
+    for name, module in linear_modules(model).items():
+        if check_target_module_exists(config, name):
+            rank = of_module(config.rank_pattern, name, lora.r)
+            if isinstance(module, Conv1D):
+                inputs, outputs = module.weight.shape
+            else:
+                inputs, outputs = module.in_features, module.out_features
+            shapes[name] = LowRank(outputs, inputs, rank)
     return shapes
 
 
@@ -109,7 +218,7 @@ def left_out(model: PreTrainedModel, lora: LoraConfig) -> str | None:
     if unreached_size < _NOTED_SHARE * total:
         return None
     adapted = target_shapes(model, lora)
-    covered = sum(outputs * inputs for outputs, inputs in adapted.values())
+    covered = sum(shape.outputs * shape.inputs for shape in adapted.values())
     modules = ", ".join(sorted({name.rpartition(".")[2] for name in adapted}))
     weights = ", ".join(sorted({".".join(name.split(".")[-2:]) for name in unreached}))
     return (
@@ -136,7 +245,8 @@ def trainable(adapted: peft.PeftModel) -> dict[str, nn.Parameter]:
 
 def sort_targets(config: Any) -> None:
     """Sort the module names, because the order of PEFT's set differs between processes."""
-    config.target_modules = sorted(config.target_modules)
+    if not isinstance(config.target_modules, str):  # which is an expression
+        config.target_modules = sorted(config.target_modules)
 
 
 def save(adapted: peft.PeftModel, folder: Path) -> None:

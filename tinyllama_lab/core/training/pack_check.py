@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tinyllama_lab.config.schema import LoraConfig
+from tinyllama_lab.config.lora import plain_lora
 from tinyllama_lab.core.context import raise_if_fatal
 from tinyllama_lab.core.dataset.example import Example
 from tinyllama_lab.core.engines.base import Engine, WorkItem
@@ -28,7 +28,7 @@ SCALE = 0.02  # of the random B
 NEW_TOKENS = 3  # generated after every row
 # what losses and gradients may differ by, as a share; half precision has 3 digits
 SHARE, SHARE_IN_HALF = 1e-3, 0.05
-_LORA = LoraConfig(r=2, alpha=None, dropout=0.0, targets="all_linear", variant="lora")
+_LORA = plain_lora(r=2, targets="all_linear")
 
 
 def why_not_packed(base: Base) -> str | None:

@@ -122,7 +122,7 @@ def split_by_engine(
     unpacked: list[Attempt] = []
     for attempt in attempts:
         try:
-            lora.target_modules(base.model, attempt.science.lora.targets)
+            lora.peft_config(base.model, attempt.science.lora)
             _check_weights(base, attempt)
         except ModelError as error:
             attempt.fail(error)

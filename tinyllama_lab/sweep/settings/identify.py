@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from tinyllama_lab.config.axes import shown_name
 from tinyllama_lab.config.schema import ALL, HUB_COLUMNS, Config, DataConfig, ModelConfig, Science
-from tinyllama_lab.config.targets import LLAMA_MODULES, TARGET_GROUPS
+from tinyllama_lab.config.targets import LLAMA_MODULES, TARGET_GROUPS, group_names
 from tinyllama_lab.config.validate import build
 from tinyllama_lab.config.variants import SINGLE
 from tinyllama_lab.data import cache, hub
@@ -198,9 +198,10 @@ def rendering(config: Config, read_data: DataConfig | None = None) -> int:
 
 
 def module_names(model: ModelConfig) -> list[str] | None:
-    """Return the module names that `lora.targets` may list; None if only the worker knows."""
+    """Return the names of the model's linear layers; None if only the worker knows them."""
     if model.source in ("random", "package"):
-        return sorted(LLAMA_MODULES)
+        mlp = TARGET_GROUPS["mlp"]
+        return [f"model.layers.0.{'mlp' if n in mlp else 'self_attn'}.{n}" for n in LLAMA_MODULES]
     folder = _folder(model)
     names: set[str] = set()
     for file in folder.glob("*.safetensors") if folder else ():
@@ -208,8 +209,12 @@ def module_names(model: ModelConfig) -> list[str] | None:
         for name, entry in _safetensors_header(file).items():
             # only linear layers, whose weights are matrices, take an adapter
             if name.endswith(".weight") and len(entry.get("shape", [])) == 2:
-                names.add(name.removesuffix(".weight").rpartition(".")[2])
-    return sorted(name for name in names if not _EMBEDDING.search(name)) or None
+                names.add(name.removesuffix(".weight"))
+    return sorted(name for name in names if not _EMBEDDING.search(_leaf(name))) or None
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _folder(model: ModelConfig) -> Path | None:
@@ -243,17 +248,19 @@ def length_problems(config: Science) -> list[str]:
 def targets_problem(config: Config) -> str | None:
     """Return the problem of `lora.targets` for this model, or None."""
     names, targets = module_names(config.model), config.lora.targets
-    if names is None or targets == "all_linear":
+    # the worker finds `all_linear`, and what an expression matches, in the model
+    if names is None or (isinstance(targets, str) and targets not in TARGET_GROUPS):
         return None
-    # `all_linear` needs no check: PEFT finds the modules in the model
-    wanted = targets if isinstance(targets, list) else list(TARGET_GROUPS[targets])
-    missing = [name for name in wanted if name not in names]
-    if not missing:
+    wanted = targets if isinstance(targets, list) else group_names(targets, names)
+    ends = tuple(f".{name}" for name in names)
+    missing = [name for name in wanted if not any(end.endswith(f".{name}") for end in ends)]
+    if wanted and not missing:
         return None
+    leaves = sorted({_leaf(name) for name in names})
     return (
-        f"lora.targets must name modules of the model, got {', '.join(missing)}; "
-        f"{shown_name(vars(config.model))} has {', '.join(names)}; "
-        f"set lora.targets=all_linear or lora.targets=[{names[0]}]"
+        f"lora.targets must name modules of the model, got {', '.join(missing) or targets}; "
+        f"{shown_name(vars(config.model))} has {', '.join(leaves)}; "
+        f"set lora.targets=all_linear or lora.targets=[{leaves[0]}]"
     )
 
 

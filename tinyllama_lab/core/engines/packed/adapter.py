@@ -19,7 +19,7 @@ from tinyllama_lab.study.trial import ADAPTER_WEIGHTS
 
 @dataclass
 class Pairs:
-    """The matrices of modules with the same input, in the dtype of the matmuls.
+    """The matrices of modules with the same input and rank, in the dtype of the matmuls.
 
     The A of all modules form one matrix, so that one matmul with the input serves all of them.
     Gradients accumulate in float32.
@@ -30,6 +30,8 @@ class Pairs:
     grad_a: torch.Tensor
     b: list[torch.Tensor]  # [outputs, rank] each
     grad_b: list[torch.Tensor]
+    rank: int
+    scaling: float  # of the low-rank update
 
 
 @dataclass
@@ -65,9 +67,8 @@ class PackedAdapter:
     ) -> None:
         self.config = config
         self.seed = seed
-        self.rank = int(config.r)
+        self.rank = max(layout.ranks)
         self.dropout = float(config.lora_dropout)
-        self.scaling = config.lora_alpha / (self.rank**0.5 if config.use_rslora else self.rank)
         self.layout = layout
         self._storage = storage
         self.flat = nn.Parameter(storage.weights)
@@ -96,10 +97,14 @@ class PackedAdapter:
         return self._storage.gradients
 
     def use_kernels(self, numbers: dict[str, int]) -> None:
-        """Let the kernels on a GPU take this adapter; `numbers` are those of all modules."""
-        self.row = table_row(
-            self.layout, numbers, self.compute_weights, self.gradients, self.scaling
-        )
+        """Let the kernels on a GPU take this adapter; `numbers` are those of all modules.
+
+        They know one rank of an adapter. One with several goes without them.
+        """
+        if len(self.layout.ranks) > 1:
+            return
+        scaling = self._scaling(next(iter(self.layout.offsets)))
+        self.row = table_row(self.layout, numbers, self.compute_weights, self.gradients, scaling)
         self.module_numbers = frozenset(numbers[name] for name in self.layout.offsets)
 
     def freeze(self) -> None:
@@ -127,7 +132,7 @@ class PackedAdapter:
         if (modules[0], masked) not in self._pairs:
             groups: list[list[MatrixOffsets]] = []
             for offsets in (self.layout.offsets[m] for m in modules if m in self.layout.offsets):
-                near = groups and self.layout.are_neighbours(groups[-1][-1], offsets)
+                near = groups and self._share_input(groups[-1][-1], offsets)
                 if near and not masked:
                     groups[-1].append(offsets)
                 else:
@@ -135,14 +140,28 @@ class PackedAdapter:
             self._pairs[modules[0], masked] = [self._joined(group) for group in groups]
         return self._pairs[modules[0], masked]
 
+    def _share_input(self, first: MatrixOffsets, second: MatrixOffsets) -> bool:
+        """Return whether one matmul serves two modules of a layer."""
+        same_scale = self._scaling(first.module) == self._scaling(second.module)
+        return same_scale and self.layout.are_neighbours(first, second)
+
+    def _scaling(self, module: str) -> float:
+        """Return what PEFT multiplies the update of a module with."""
+        rank = self.layout.offsets[module].shape.rank
+        alpha = lora.of_module(self.config.alpha_pattern, module, self.config.lora_alpha)
+        return float(alpha / (rank**0.5 if self.config.use_rslora else rank))
+
     def _joined(self, neighbours: list[MatrixOffsets]) -> Pairs:
         layout, weights, gradients = self.layout, self._storage.compute_weights, self.gradients
+        modules = [offsets.module for offsets in neighbours]
         return Pairs(
-            [offsets.module for offsets in neighbours],
+            modules,
             layout.joint(weights, neighbours),
             layout.joint(gradients, neighbours),
             [layout.matrices(weights, offsets)[1] for offsets in neighbours],
             [layout.matrices(gradients, offsets)[1] for offsets in neighbours],
+            neighbours[0].shape.rank,
+            self._scaling(modules[0]),
         )
 
     def named(self, values: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -201,14 +220,15 @@ def table_row(
     """Return an adapter's row of the table that `triton_lora` describes.
 
     Args:
-        layout: where the matrices of its modules begin.
+        layout: where the matrices of its modules begin; all have one rank.
         numbers: the number of every module of the model, by name.
         weights: in the dtype of the base, `[layout.size]`.
         gradients: in float32, `[layout.size]`.
         scaling: of the low-rank update.
     """
     (bits,) = struct.unpack("<i", struct.pack("<f", scaling))
-    row = [weights.data_ptr(), gradients.data_ptr(), layout.rank, bits]
+    (rank,) = layout.ranks
+    row = [weights.data_ptr(), gradients.data_ptr(), rank, bits]
     begins = [-1] * (2 * len(numbers))
     for name, offsets in layout.offsets.items():
         begins[2 * numbers[name]] = offsets.a

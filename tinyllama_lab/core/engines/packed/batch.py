@@ -39,7 +39,7 @@ class PackedBatch:
 
     def __post_init__(self) -> None:
         adapters = [span.adapter for span in self.spans]
-        rows = [a.row for a in adapters if a.row is not None and a.layout.rank <= HIGHEST_RANK]
+        rows = [a.row for a in adapters if a.row is not None and a.rank <= HIGHEST_RANK]
         # dropout masks differ from module to module, which the kernels do not know
         if rows and len(rows) == len(adapters) and self.dropout_keys is None:
             self.segments = Segments(self.spans, rows)

@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import torch
 
-from tinyllama_lab.config.schema import LoraConfig
+from tinyllama_lab.config.lora import LoraConfig
 from tinyllama_lab.core.engines.base import WorkItem, adapter_bytes, by_adapter
 from tinyllama_lab.core.engines.generate import cache_bytes
 from tinyllama_lab.core.engines.packed import fused_gpu
@@ -74,7 +74,7 @@ class PackedEngine:
     def add(self, config: LoraConfig, seed: int) -> PackedAdapter:
         """Add a new adapter with PEFT's initial values."""
         settings, initial = self._initial(config, seed)
-        layout = Layout(config.r, _shapes(initial))
+        layout = Layout(_shapes(initial))
         storage = Storage.new(layout.size, self._base.dtype, self._base.device)
         adapter = PackedAdapter(layout, storage, settings, initial, seed)
         if self._triton:
@@ -181,14 +181,15 @@ def _cache_mib(device: torch.device) -> int:
     return int(CACHE_SHARE * free / MIB)
 
 
-def _shapes(initial: dict[str, torch.Tensor]) -> dict[str, tuple[int, int]]:
-    """Return `(outputs, inputs)` of every adapted module, by module name."""
-    shapes: dict[str, tuple[int, int]] = {}
+def _shapes(initial: dict[str, torch.Tensor]) -> dict[str, lora.LowRank]:
+    """Return the shape of an adapter on every module, by module name."""
+    shapes: dict[str, lora.LowRank] = {}
     for name, value in initial.items():
         if name.endswith(".lora_A.weight"):
             module = name.removesuffix(".lora_A.weight")
-            outputs = len(initial[f"{module}.lora_B.weight"])
-            shapes[module.removeprefix("base_model.model.")] = (outputs, value.shape[1])
+            outputs, rank = initial[f"{module}.lora_B.weight"].shape
+            shape = lora.LowRank(outputs, value.shape[1], rank)
+            shapes[module.removeprefix("base_model.model.")] = shape
     return shapes
 
 

@@ -20,6 +20,7 @@ from tinyllama_lab.core.engines.packed.segments import (
     Segments,
     next_power_of_two,
 )
+from tinyllama_lab.core.models.lora import LowRank
 
 logger = logging.getLogger(__name__)
 
@@ -162,13 +163,13 @@ def _differences_of_ranks(
     spans: list[AdapterSpan] = []
     rows: list[torch.Tensor] = []
     for rank, names, end in zip(ranks, _MODULES_OF, (40, 49), strict=True):
-        layout = Layout(rank, {name: (_WIDTHS[name], inputs) for name in names})
+        layout = Layout({name: LowRank(_WIDTHS[name], inputs, rank) for name in names})
         weights = _draw(layout.size, seed=end).to(device, dtype)
         gradients = torch.zeros(layout.size, device=device)
         rows.append(table_row(layout, _NUMBERS, weights, gradients, scaling=2.0))
         numbers = {_NUMBERS[name] for name in names}
         # kept here, because the row has nothing but the addresses of weights and gradients
-        facts = {"layout": layout, "weights": weights, "gradients": gradients}
+        facts = {"rank": rank, "layout": layout, "weights": weights, "gradients": gradients}
         adapter: Any = SimpleNamespace(module_numbers=numbers, **facts)
         spans.append(AdapterSpan(adapter, spans[-1].end if spans else 0, end))
     segments = Segments(spans, rows)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+
+from tinyllama_lab.core.models.lora import LowRank
 
 ALIGN = 8  # elements: kernels on a GPU read 16 bytes at a time
 
@@ -20,8 +22,7 @@ class MatrixOffsets:
     module: str  # name in the model, such as model.layers.0.self_attn.q_proj
     a: int
     b: int
-    inputs: int
-    outputs: int
+    shape: LowRank
 
 
 class Layout:
@@ -30,35 +31,44 @@ class Layout:
     All A come first, so that those of neighbours, which have the same input, form one matrix.
     """
 
-    def __init__(self, rank: int, shapes: dict[str, tuple[int, int]]) -> None:
-        """Lay out `shapes`: module name to (outputs, inputs)."""
-        self.rank = rank
+    def __init__(self, shapes: Mapping[str, LowRank]) -> None:
+        """Lay out the matrices of every module, by its name."""
         self.offsets: dict[str, MatrixOffsets] = {}
         a = 0
         # B begins where the last A ends
-        b = sum(_aligned(rank * inputs) for _, inputs in shapes.values())
-        for module, (outputs, inputs) in shapes.items():
-            self.offsets[module] = MatrixOffsets(module, a, b, inputs, outputs)
-            a, b = _aligned(a + rank * inputs), _aligned(b + outputs * rank)
+        b = sum(_aligned(shape.rank * shape.inputs) for shape in shapes.values())
+        for module, shape in shapes.items():
+            self.offsets[module] = MatrixOffsets(module, a, b, shape)
+            a, b = (
+                _aligned(a + shape.rank * shape.inputs),
+                _aligned(b + shape.outputs * shape.rank),
+            )
         self.size = b
+
+    @property
+    def ranks(self) -> set[int]:
+        """Return the ranks that occur."""
+        return {offsets.shape.rank for offsets in self.offsets.values()}
 
     def matrices(
         self, flat: torch.Tensor, offsets: MatrixOffsets
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return views of A and B in `flat [..., size]`; leading dimensions are kept."""
-        rank, leading = self.rank, flat.shape[:-1]
-        a = flat[..., offsets.a : offsets.a + rank * offsets.inputs]
-        b = flat[..., offsets.b : offsets.b + offsets.outputs * rank]
-        return a.view(*leading, rank, offsets.inputs), b.view(*leading, offsets.outputs, rank)
+        (outputs, inputs, rank), leading = offsets.shape, flat.shape[:-1]
+        a = flat[..., offsets.a : offsets.a + rank * inputs]
+        b = flat[..., offsets.b : offsets.b + outputs * rank]
+        return a.view(*leading, rank, inputs), b.view(*leading, outputs, rank)
 
     def joint(self, flat: torch.Tensor, neighbours: Sequence[MatrixOffsets]) -> torch.Tensor:
         """Return the A of neighbours as one view, `[len(neighbours) * rank, inputs]`."""
-        rows, inputs = len(neighbours) * self.rank, neighbours[0].inputs
+        _, inputs, rank = neighbours[0].shape
+        rows = len(neighbours) * rank
         return flat[neighbours[0].a : neighbours[0].a + rows * inputs].view(rows, inputs)
 
     def are_neighbours(self, first: MatrixOffsets, second: MatrixOffsets) -> bool:
         """Return whether the A of the second begins where that of the first ends."""
-        return second.inputs == first.inputs and second.a == first.a + self.rank * first.inputs
+        _, inputs, rank = first.shape
+        return second.shape[1:] == (inputs, rank) and second.a == first.a + rank * inputs
 
     def split(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return views of an adapter's matrices, by the names that PEFT saves."""

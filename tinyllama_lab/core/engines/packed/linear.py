@@ -24,7 +24,6 @@ class Part(NamedTuple):
     rows: slice
     columns: list[slice]  # of every module
     ranks: list[slice]  # of every module, in the output of the matmul with A
-    scaling: float
     dropout: torch.Tensor | None  # [rows, inputs] 0, or 1 / (1 - dropout)
 
 
@@ -86,7 +85,7 @@ class PackedLinear:
         The order is the same at every call: backward pairs the parts with saved tensors.
         """
         for span in batch.spans:
-            rows, rank = slice(span.begin, span.end), span.adapter.layout.rank
+            rows = slice(span.begin, span.end)
             dropout = span.adapter.dropout if batch.dropout_keys is not None else 0.0
             for pairs in span.adapter.pairs(self._modules, masked=dropout > 0):
                 dropout_mask = None
@@ -95,8 +94,8 @@ class PackedLinear:
                     dropout_mask = mask(keys, pairs.modules[0], pairs.a.shape[1], dropout)
                     dropout_mask = dropout_mask.to(pairs.a.dtype)
                 columns = [self._columns[name] for name in pairs.modules]
-                ranks = [slice(n * rank, (n + 1) * rank) for n in range(len(columns))]
-                yield Part(pairs, rows, columns, ranks, span.adapter.scaling, dropout_mask)
+                ranks = [slice(n * pairs.rank, (n + 1) * pairs.rank) for n in range(len(columns))]
+                yield Part(pairs, rows, columns, ranks, dropout_mask)
 
 
 class _Apply(torch.autograd.Function):
@@ -132,7 +131,7 @@ def _add_lora(part: Part, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor
     _project(_masked(x, part), part.pairs.a.T, 1.0, h)
     for columns, ranks, b in zip(part.columns, part.ranks, part.pairs.b, strict=True):
         # a view: the update is written into the output of the frozen matmul
-        _expand(result[:, columns], h[:, ranks], b.T, part.scaling)
+        _expand(result[:, columns], h[:, ranks], b.T, part.pairs.scaling)
     return h
 
 
@@ -142,8 +141,8 @@ def _add_gradients(
     """Add to the gradients of A and B and to `grad_x [tokens, inputs]`, all in place."""
     pairs, outer, grad_h = part.pairs, grad[part.rows], torch.empty_like(h)
     for number, (columns, ranks) in enumerate(zip(part.columns, part.ranks, strict=True)):
-        _project(outer[:, columns], pairs.b[number], part.scaling, grad_h[:, ranks])
-        _reduce(pairs.grad_b[number].T, h[:, ranks], outer[:, columns], part.scaling)
+        _project(outer[:, columns], pairs.b[number], part.pairs.scaling, grad_h[:, ranks])
+        _reduce(pairs.grad_b[number].T, h[:, ranks], outer[:, columns], part.pairs.scaling)
     _reduce(pairs.grad_a, grad_h, _masked(x, part), 1.0)
     if part.dropout is None:
         _expand(grad_x[part.rows], grad_h, pairs.a, 1.0)

@@ -40,7 +40,7 @@ class Segments:
         if len({id(span.adapter) for span in spans}) < len(spans):
             raise ValueError("the rows of a batch must be sorted by adapter")
         self._modules = {n for span in spans for n in span.adapter.module_numbers}
-        ranks = [span.adapter.layout.rank for span in spans]
+        ranks = [span.adapter.rank for span in spans]
         self._ranks = max(_LEAST_RANKS, next_power_of_two(max(ranks)))
         self._even_ranks = _even(ranks, 8)
         tiles = [

@@ -1,0 +1,169 @@
+"""Which modules, layers and ranks an adapter has, on every architecture, and in packs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFTS
+from transformers import PreTrainedModel
+
+from tests.decoders import DECODERS, decoder
+from tests.llamas import base_of, examples, gradients, items_of, llama, make_b_random, settings
+from tinyllama_lab.config.lora import LoraConfig
+from tinyllama_lab.core.engines.base import WorkItem
+from tinyllama_lab.core.engines.packed.engine import PackedEngine
+from tinyllama_lab.core.models import lora
+from tinyllama_lab.errors import ModelError
+
+LLAMA = {
+    "attention_qv": {"q_proj", "v_proj"},
+    "attention": {"q_proj", "k_proj", "v_proj", "o_proj"},
+    "mlp": {"gate_proj", "up_proj", "down_proj"},
+}
+GROUPS: dict[str, dict[str, set[str]]] = {name: LLAMA for name in DECODERS} | {
+    "phi3": {
+        "attention_qv": {"qkv_proj"},
+        "attention": {"qkv_proj", "o_proj"},
+        "mlp": {"gate_up_proj", "down_proj"},
+    },
+    "gpt_neox": {
+        "attention_qv": {"query_key_value"},
+        "attention": {"query_key_value", "dense"},
+        "mlp": {"dense_h_to_4h", "dense_4h_to_h"},
+    },
+    "gpt2": {
+        "attention_qv": {"c_attn"},
+        "attention": {"c_attn", "attn.c_proj"},
+        "mlp": {"c_fc", "mlp.c_proj"},
+    },
+}
+# what PEFT takes, and the settings that should give the same
+ALIKE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "an expression": (
+        {"target_modules": r".*layers\.[02]\..*\.(q|down)_proj"},
+        {"targets": r"regex:.*layers\.[02]\..*\.(q|down)_proj"},
+    ),
+    "the last layers": (
+        {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1, 2]},
+        {"targets": "attention_qv", "layers": "last_2"},
+    ),
+    "the first layers": (
+        {"target_modules": ["up_proj"], "layers_to_transform": [0]},
+        {"targets": ["up_proj"], "layers": "first_1"},
+    ),
+    "single layers": (
+        {"target_modules": ["o_proj", "up_proj"], "layers_to_transform": [0, 2]},
+        {"targets": ["up_proj", "o_proj"], "layers": [2, 0]},
+    ),
+    "other ranks at the same scale": (
+        {
+            "target_modules": "all-linear",
+            "rank_pattern": {"down_proj": 7, r"layers\.1\..*\.k_proj": 2},
+            "alpha_pattern": {"down_proj": 14, r"layers\.1\..*\.k_proj": 4},
+        },
+        {"rank_pattern": {"down_proj": 7, r"layers\.1\..*\.k_proj": 2}},
+    ),
+    "other ranks of rsLoRA": (
+        {"target_modules": "all-linear", "rank_pattern": {"q_proj": 9}, "use_rslora": True},
+        {"rank_pattern": {"q_proj": 9}, "variant": "rslora"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_groups_are_the_modules_of_the_architecture(name: str) -> None:
+    linear = lora.linear_modules(decoder(name))
+    for group, expected in GROUPS[name].items():
+        assert set(lora.target_modules(linear, group)) == expected
+    if name in PEFTS:
+        assert set(lora.target_modules(linear, "attention_qv")) == set(PEFTS[name])
+
+
+def of_peft(model: PreTrainedModel, options: dict[str, Any], seed: int) -> peft.PeftModel:
+    """An adapter that PEFT attached by itself, with the same B as `make_b_random` gives."""
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, **options)
+    torch.manual_seed(seed)
+    adapted = peft.get_peft_model(model, config)
+    draw = torch.Generator().manual_seed(seed)
+    named = {n.replace(".default", ""): p for n, p in adapted.named_parameters()}
+    for key in sorted(named):
+        if ".lora_B." in key:
+            named[key].data = torch.randn(named[key].shape, generator=draw) * 0.1
+    return adapted
+
+
+@pytest.mark.parametrize("kind", ALIKE)
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_packed_adapters_equal_those_of_peft(name: str, kind: str) -> None:
+    model = llama() if name == "llama" else decoder(name)
+    options, changes = ALIKE[kind]
+    config, rows = settings(**changes), examples((20, 7))
+    adapted = of_peft(model, options, 3)
+    expected = []
+    for row in rows:
+        ids = torch.tensor([row.ids])
+        mask = torch.tensor([row.loss_mask])
+        labels = ids.masked_fill(~mask, -100)
+        loss = adapted(input_ids=ids, labels=labels).loss
+        expected.append(loss * mask[:, 1:].sum())
+    torch.stack(expected).sum().backward()
+    of_matrices = {
+        n.replace(".default", ""): p.grad
+        for n, p in adapted.named_parameters()
+        if p.grad is not None
+    }
+    assert lora.count_parameters(adapted.unload(), config) == sum(
+        grad.numel() for grad in of_matrices.values()
+    )
+    engine = PackedEngine(base_of(model))
+    adapter, other = engine.add(config, 3), engine.add(settings(r=2), 1)
+    make_b_random(adapter, 3)
+    items: list[WorkItem[Any]] = [*items_of(adapter, rows), *items_of(other, rows)]
+    losses = engine.example_losses(items)
+    losses.sum().backward()
+    found = losses[: len(rows)].detach().float()
+    torch.testing.assert_close(found, torch.stack(expected).detach(), rtol=1e-5, atol=1e-5)
+    of_adapter = gradients(adapter)
+    assert of_adapter.keys() == of_matrices.keys()
+    for key, matrix in of_adapter.items():
+        assert (matrix - of_matrices[key]).norm() <= 2e-5 * of_matrices[key].norm(), key
+
+
+def test_what_was_saved_loads_in_peft_with_the_same_ranks_and_scale(tmp_path: Any) -> None:
+    model, rows = llama(), examples((20,))
+    config = settings(rank_pattern={"down_proj": 7}, layers="last_2")
+    engine = PackedEngine(base_of(model))
+    adapter = engine.add(config, 0)
+    make_b_random(adapter, 0)
+    (packed,) = engine.example_losses(items_of(adapter, rows)).detach()
+    adapter.save(tmp_path)
+    loaded = lora.attach_saved(model, tmp_path)
+    mask = torch.tensor([rows[0].loss_mask])
+    ids = torch.tensor([rows[0].ids])
+    loss = loaded(input_ids=ids, labels=ids.masked_fill(~mask, -100)).loss * mask[:, 1:].sum()
+    assert float(loss) == pytest.approx(float(packed), rel=1e-5)
+
+
+WRONG: dict[str, tuple[LoraConfig, str]] = {
+    "no such module": (settings(targets=["c_attn"]), "got c_attn; this model has down_proj"),
+    "nothing matches": (settings(targets="regex:.*nope"), "got 'regex:.*nope'"),
+    "no linear layer": (settings(targets="regex:.*norm"), "input_layernorm"),
+    "the head": (settings(targets="regex:.*lm_head"), "before the head"),
+    "too many layers": (settings(layers="last_9"), "3 from 0 to 2, got last_9"),
+    "no such layer": (settings(layers=[1, 3]), "3 from 0 to 2, got [1, 3]"),
+    "no such pattern": (
+        settings(targets="mlp", rank_pattern={"q_proj": 2}),
+        "got 'q_proj'; adapted are down_proj, gate_proj, up_proj",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_what_matches_nothing_is_refused(kind: str) -> None:
+    config, message = WRONG[kind]
+    with pytest.raises(ModelError) as caught:
+        lora.peft_config(llama(), config)
+    assert message in str(caught.value)

@@ -1,0 +1,88 @@
+"""The settings of an adapter."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from tinyllama_lab.config.targets import EXPRESSION, LAYERS, TARGET_GROUPS, expression_of
+from tinyllama_lab.config.validate import rule
+from tinyllama_lab.config.variants import VARIANTS
+
+HIGHEST_RANK = 1024
+TARGETS = (*TARGET_GROUPS, "all_linear")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """The adapter. A null `alpha` means 2 r.
+
+    `rank_pattern` gives modules, by name or regular expression, a rank of their own.
+    """
+
+    r: int = rule(least=1, most=HIGHEST_RANK)
+    alpha: float | None = rule(above=0)
+    dropout: float = rule(least=0, below=1)  # at 1 nothing of the adapter would be left to train
+    targets: str | list[str] = rule(choices=TARGETS, prefix=EXPRESSION)
+    layers: str | list[int] = rule(example="last_8")
+    rank_pattern: dict[str, int] | None = rule(
+        least=1, most=HIGHEST_RANK, example="{down_proj: 16}"
+    )
+    variant: str = rule(choices=tuple(VARIANTS), recipe="A LoRA variant")
+
+    def problems(self) -> Iterator[str]:
+        """Yield the settings that contradict each other."""
+        if self.targets == []:
+            yield "lora.targets must name at least one module, got []; set lora.targets=attention"
+        if isinstance(self.layers, str) and not LAYERS.fullmatch(self.layers):
+            yield (
+                "lora.layers must be all, first_ or last_ and a number, or a list of numbers, got "
+                f"{self.layers!r}; set lora.layers=last_8"
+            )
+        if self.layers == []:
+            yield "lora.layers must name at least one layer, got []; set lora.layers=all"
+        expression = expression_of(self.targets) if isinstance(self.targets, str) else None
+        if expression is not None and self.layers != "all":
+            yield (
+                "lora.layers must be all when lora.targets is an expression, got "
+                f"{self.layers!r}; write the numbers of the layers into the expression"
+            )
+        patterns = {"lora.rank_pattern": self.rank_pattern or (), "lora.targets": [expression]}
+        for name, texts in patterns.items():
+            yield from (problem for text in texts if text and (problem := _unusable(name, text)))
+
+    @property
+    def highest_rank(self) -> int:
+        """The highest rank that a module has."""
+        return max([self.r, *(self.rank_pattern or {}).values()])
+
+    @property
+    def scale_alpha(self) -> float:
+        """The effective alpha."""
+        return 2.0 * self.r if self.alpha is None else self.alpha
+
+
+def plain_lora(r: int, targets: str) -> LoraConfig:
+    """Return the settings of a plain adapter, for measurements that no trial asked for."""
+    return LoraConfig(
+        r=r,
+        alpha=None,
+        dropout=0.0,
+        targets=targets,
+        layers="all",
+        rank_pattern=None,
+        variant="lora",
+    )
+
+
+def _unusable(name: str, expression: str) -> str | None:
+    """Return the problem of a regular expression, or None."""
+    try:
+        re.compile(expression)
+    except re.error as error:
+        return (
+            f"{name} must hold regular expressions of Python, got {expression!r}: {error}; "
+            "a module's name alone is one, such as q_proj"
+        )
+    return None
