@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,17 @@ def unflushed_disk() -> Iterator[None]:
     """Do not wait for the disk: flushing protects from power cuts alone, and takes minutes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def dora_alone() -> Iterator[None]:
+    """As if DoRA were a variant that only PEFT knows, so that trials reach its engine."""
+    from tests.packs import ALONE
+    from tinyllama_lab.config.variants import VARIANTS
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(VARIANTS, "dora", replace(VARIANTS["dora"], not_packed=ALONE))
         yield
 
 

@@ -34,6 +34,7 @@ from tinyllama_lab.study.trial import (
     trial_key,
 )
 
+ALONE = "a test wants it alone"  # why a variant is not packed
 QUIET: dict[str, Any] = {"eval.generations": 0, "eval.latency_tokens": 0}
 Wrap = Callable[[Engine[Any]], Engine[Any]]
 

@@ -32,6 +32,8 @@ from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.study.trial import TrialFolder, trial_key
 
+pytestmark = pytest.mark.usefixtures("dora_alone")
+
 TOKENS = 400
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, _NAMES)), None)

@@ -14,6 +14,7 @@ import pytest
 
 from tests import grid
 from tinyllama_lab.config import schema as config
+from tinyllama_lab.config.resolve import resolved
 from tinyllama_lab.config.schema import (
     Config,
     HardwareConfig,
@@ -24,6 +25,7 @@ from tinyllama_lab.config.schema import (
 )
 from tinyllama_lab.config.validate import known_keys, nearest
 from tinyllama_lab.errors import ConfigError
+from tinyllama_lab.study.trial import trial_key
 
 KEYS = known_keys(Config)
 EXTENDING = Path(__file__).parents[2] / "docs" / "extending.md"
@@ -246,3 +248,22 @@ def test_a_forgotten_group_is_found(typed: str, meant: str) -> None:
 
 def test_nothing_is_suggested_for_a_word_like_no_other() -> None:
     assert nearest("qwertyuiop", KEYS) == ""
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "are_equal"),
+    [
+        ({"lora.layers": [2, 0, 2]}, {"lora.layers": [0, 2]}, True),
+        ({"lora.layers": [0, 2]}, {"lora.layers": "all"}, False),
+        ({"lora.rank_pattern": {"q_proj": 8}}, {"lora.rank_pattern": None}, True),
+        ({"lora.rank_pattern": {}}, {"lora.rank_pattern": None}, True),
+        ({"lora.rank_pattern": {"q_proj": 4}}, {"lora.rank_pattern": None}, False),
+        # the first may be an exception from the second, so it counts
+        ({"lora.rank_pattern": {"0.q": 8, "q": 4}}, {"lora.rank_pattern": {"q": 4}}, False),
+    ],
+)
+def test_equal_adapters_have_one_key(
+    one: dict[str, Any], other: dict[str, Any], are_equal: bool
+) -> None:
+    first, second = (trial_key(resolved(config.load(changed(**each)))) for each in (one, other))
+    assert (first == second) == are_equal

@@ -139,11 +139,6 @@ IDLE = [
     ),
     (["hardware.keep_dequantized=true"], "hardware.keep_dequantized", "quant=nf4"),
     (["quant=int8", "hardware.keep_dequantized=true"], "hardware.keep_dequantized", "quant=nf4"),
-    (
-        ["quant=nf4", "lora.variant=dora", "hardware.keep_dequantized=true"],
-        "hardware.keep_dequantized",
-        "lora.variant=lora",
-    ),
     (["hardware.device=cpu", "hardware.gpus=[0]"], "hardware.gpus", "hardware.device=auto"),
     (["eval.latency_batch=4"], "eval.latency_batch", "eval.latency_tokens=32"),
     (["data.style=instruction_response", "data.system=Hi"], "data.system", "data.style=chat"),

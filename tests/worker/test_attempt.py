@@ -31,6 +31,8 @@ from tinyllama_lab.study.trial import Result, State
 from tinyllama_lab.sweep.plan import should_rerun
 from tinyllama_lab.sweep.search.goals import logged_metrics
 
+pytestmark = pytest.mark.usefixtures("dora_alone")
+
 EVALUATION_FILES = (
     "config.yaml",
     "eval_results.csv",

@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 
-from tests.llamas import base_of, example, llama
+from tests.llamas import base_of, example, llama, settings
 from tinyllama_lab.config.lora import LoraConfig
 from tinyllama_lab.config.schema import HardwareConfig, ModelConfig, Science, part
 from tinyllama_lab.config.variants import VARIANTS
@@ -37,14 +37,7 @@ Hardware = dict[str, Any]
 
 
 def lora(**changes: Any) -> LoraConfig:
-    settings: dict[str, Any] = {
-        "r": 4,
-        "alpha": None,
-        "dropout": 0.0,
-        "targets": "attention",
-        "variant": "lora",
-    }
-    return LoraConfig(**settings | changes)
+    return settings(**{"targets": "attention"} | changes)
 
 
 def outline(quant: str = "none", dtype: torch.dtype = torch.float32, **changes: Any) -> Outline:
@@ -148,6 +141,23 @@ def test_what_a_token_keeps_is_computed_for_further_ranks_as_it_would_be_traced(
         [each.need(trial).training for each, trial in zip(fresh, trials, strict=True)], rel=1e-3
     )
     assert len(set(found)) == 4
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora__layers": "last_1"},
+        {"lora__targets": ["layers.1.mlp.up_proj"]},
+        {"lora__targets": r"regex:.*layers\.1\..*q_proj"},
+        {"lora__rank_pattern": {r"layers\.1\..*q_proj": 64}},
+    ],
+)
+def test_settings_of_single_layers_are_forecast(
+    changes: dict[str, Any], configure: Any, hardware: Hardware
+) -> None:
+    """Activations are those of a model of one or two layers, where no layer has its number."""
+    need = forecaster(hardware, 900.0).need(Trial(science(configure, **UNSCORED, **changes), ROWS))
+    assert need.training > 0
 
 
 def test_rows_on_a_gpu_keep_no_attention_probabilities() -> None:

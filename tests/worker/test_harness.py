@@ -18,6 +18,8 @@ from tinyllama_lab.errors import DataError
 from tinyllama_lab.study.trial import State
 from tinyllama_lab.sweep.settings.identify import Identifier
 
+pytestmark = pytest.mark.usefixtures("dora_alone")
+
 IDS = torch.tensor([[1, 5, 9, 7, 3]])
 
 
@@ -90,7 +92,7 @@ def test_trials_through_peft_skip_the_tasks_with_a_note(lab: Lab, fake: FakeHarn
     (found,) = lab.run([trial])
     assert found.state is State.DONE
     assert not any(name.startswith("harness/") for name in found.metrics)
-    expected = "eval.harness was skipped: it needs adapters that can be packed, got peft (DoRA"
+    expected = "eval.harness was skipped: it needs adapters that can be packed, got peft ("
     assert expected in trial.events_file.read_text()
 
 
@@ -106,6 +108,6 @@ def test_without_the_package_nothing_is_started(
     identify(config.load(grid.plain(*asked)))
     assert any("eval.harness=arc_easy needs the package" in text for text in identify.problems)
     identify = Identifier()
-    identify(config.load(grid.plain(*asked, "lora.variant=dora")))
+    identify(config.load(grid.plain(*asked, "quant=int8")))
     (problem,) = identify.problems
-    assert "can be packed, got lora.variant=dora quant=none; set eval.harness=[]" in problem
+    assert "can be packed, got quant=int8; set eval.harness=[]" in problem

@@ -25,6 +25,8 @@ from tinyllama_lab.core.training.adapter_trainer import AdapterTrainer
 from tinyllama_lab.study.events import EventLog
 from tinyllama_lab.study.trial import Result, State, TrialFolder
 
+pytestmark = pytest.mark.usefixtures("dora_alone")
+
 SHARED = {**QUIET, "data.max_length": 120, "train.deterministic": True, "train.max_steps": 4}
 RANKS = (2, 3, 4, 8)
 GUILTY = 3

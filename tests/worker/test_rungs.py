@@ -32,6 +32,8 @@ from tinyllama_lab.study.events import EventLog
 from tinyllama_lab.study.pack import Pack, StreamSettings, Task
 from tinyllama_lab.study.trial import State, TrialFolder
 
+pytestmark = pytest.mark.usefixtures("dora_alone")
+
 STREAM = StreamSettings(max_concurrent=3, rungs=(0.25, 0.5), rung_rows=4)
 CHANGES = {**QUIET, "train.deterministic": True, "train.max_steps": 8, "lora.dropout": 0.2}
 

@@ -17,7 +17,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from tests.packs import QUIET, Lab, quickly, weights
+from tests.packs import ALONE, QUIET, Lab, quickly, weights
 from tinyllama_lab.config.schema import QuantConfig, Science, part
 from tinyllama_lab.core.dataset.dataset import DataCache
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
@@ -29,6 +29,8 @@ from tinyllama_lab.core.training.stream import TrialStream
 from tinyllama_lab.study.events import read_events
 from tinyllama_lab.study.trial import State
 
+pytestmark = pytest.mark.usefixtures("dora_alone")
+
 SIZES = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -36,7 +38,7 @@ SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
-DORA = "peft (DoRA is not a plain sum of products)"
+DORA = f"peft ({ALONE})"
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from tests.decoders import DECODERS, decoder
 from tests.llamas import base_of, examples, gradients, items_of, llama, make_b_random, settings
 from tinyllama_lab.config.lora import LoraConfig
+from tinyllama_lab.config.targets import group_names
 from tinyllama_lab.core.engines.base import WorkItem
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
 from tinyllama_lab.core.models import lora
@@ -80,6 +81,13 @@ def test_groups_are_the_modules_of_the_architecture(name: str) -> None:
         assert set(lora.target_modules(linear, group)) == expected
     if name in PEFTS:
         assert set(lora.target_modules(linear, "attention_qv")) == set(PEFTS[name])
+
+
+def test_a_group_of_llama_is_the_same_where_all_its_names_occur() -> None:
+    """Other layers of such a model were never part of the group, which old keys name."""
+    names = [f"model.layers.0.mlp.{name}" for name in LLAMA["mlp"]]
+    modules = [*names, "model.layers.0.mlp.shared_expert_gate", "model.layers.0.conv.in_proj"]
+    assert set(group_names("mlp", modules)) == LLAMA["mlp"]
 
 
 def of_peft(model: PreTrainedModel, options: dict[str, Any], seed: int) -> peft.PeftModel:
@@ -154,6 +162,10 @@ WRONG: dict[str, tuple[LoraConfig, str]] = {
     "the head": (settings(targets="regex:.*lm_head"), "before the head"),
     "too many layers": (settings(layers="last_9"), "3 from 0 to 2, got last_9"),
     "no such layer": (settings(layers=[1, 3]), "3 from 0 to 2, got [1, 3]"),
+    "two ranks of a module": (
+        settings(rank_pattern={"q_proj": 2, r"layers\.0\..*": 4}),
+        r"'q_proj' and 'layers\\.0\\..*', which both match model.layers.0.self_attn.q_proj",
+    ),
     "no such pattern": (
         settings(targets="mlp", rank_pattern={"q_proj": 2}),
         "got 'q_proj'; adapted are down_proj, gate_proj, up_proj",

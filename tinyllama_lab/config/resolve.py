@@ -13,8 +13,8 @@ from tinyllama_lab.config.targets import TARGET_GROUPS
 def resolved(config: Config) -> dict[str, Any]:
     """Return the science as plain dictionaries, in one spelling: equal for equivalent trials.
 
-    A null alpha becomes 2 r, a list of targets becomes its group's name or is sorted, ranks that
-    equal r are left out, and empty strings become null.
+    A null alpha becomes 2 r, a list of targets becomes its group's name or is sorted, a pattern
+    of ranks that all equal r becomes null, and so do empty strings.
     """
     everything = asdict(config)  # only the groups of `Science` are in a key
     plain = {name: everything[name] for name in typing.get_type_hints(Science)}
@@ -26,10 +26,9 @@ def resolved(config: Config) -> dict[str, Any]:
     # an alpha of 2 r has one key, whether it was typed or follows from `lora.r`
     plain["lora"] |= {"alpha": config.lora.scale_alpha, "targets": targets}
     layers, ranks = config.lora.layers, config.lora.rank_pattern or {}
-    others = {name: rank for name, rank in ranks.items() if rank != config.lora.r}
     plain["lora"] |= {
         "layers": layers if isinstance(layers, str) else sorted(set(layers)),
-        "rank_pattern": others or None,
+        "rank_pattern": ranks if set(ranks.values()) - {config.lora.r} else None,
     }
     plain["data"] |= _plain_data(config.data)
     return plain

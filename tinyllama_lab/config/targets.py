@@ -15,7 +15,6 @@ LLAMA_MODULES = (*TARGET_GROUPS["attention"], *TARGET_GROUPS["mlp"])
 EXPRESSION = "regex:"  # begins a value of `lora.targets` that is matched with whole module names
 LAYERS = re.compile(r"all|(first|last)_([1-9]\d*)")
 _ADAPTERS_SHARE = 0.23  # of a step on a CPU, where all modules are adapted; benchmarks/README.md
-_QUERY_AND_VALUE = {"q_proj", "v_proj"}
 # of architectures where queries, keys and values come from one matrix
 _FUSED = {"qkv_proj", "query_key_value", "c_attn", "Wqkv"}
 _OF_BLOCK = re.compile(r"(?:^|\.)\d+\.(.+)")  # the name of a module within its layer
@@ -33,6 +32,9 @@ def group_names(group: str, modules: Sequence[str]) -> list[str]:
         group: one of `TARGET_GROUPS`.
         modules: full names of the model's linear layers.
     """
+    leaves = {name.rpartition(".")[2] for name in modules}
+    if leaves.issuperset(TARGET_GROUPS[group]):
+        return sorted(TARGET_GROUPS[group])
     in_block = {name: found[1] for name in modules if (found := _OF_BLOCK.search(name))}
     attention = {n for n, name in in_block.items() if "att" in name.rpartition(".")[0]}
     if group == "mlp":
@@ -40,9 +42,7 @@ def group_names(group: str, modules: Sequence[str]) -> list[str]:
     elif group == "attention":
         members = attention
     else:
-        leaves = {name.rpartition(".")[2] for name in attention}
-        wanted = _QUERY_AND_VALUE if leaves >= _QUERY_AND_VALUE else _FUSED
-        members = {name for name in attention if name.rpartition(".")[2] in wanted}
+        members = {name for name in attention if name.rpartition(".")[2] in _FUSED}
     others = {name.rpartition(".")[2] for name in modules if name not in members}
     names = set()
     for name in members:

@@ -25,9 +25,7 @@ VARIANTS = {
     "rslora": Variant({"use_rslora": True}),  # arXiv 2312.03732
     "dora": Variant(  # arXiv 2402.09353
         {"use_dora": True},
-        not_packed="DoRA is not a plain sum of products",
         trains_magnitudes=True,
         reads_weights=True,
     ),
 }
-SINGLE = tuple(name for name, variant in VARIANTS.items() if variant.not_packed)

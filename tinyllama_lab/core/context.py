@@ -14,6 +14,7 @@ from tinyllama_lab.core.dataset.dataset import DataCache
 from tinyllama_lab.core.meter import PeakMemory, environment
 from tinyllama_lab.core.models.loading import Base
 from tinyllama_lab.core.out_of_memory import is_out_of_memory
+from tinyllama_lab.core.resident import kernels_kept
 from tinyllama_lab.errors import StoppedError, is_disk_full
 from tinyllama_lab.metrics import MIB
 from tinyllama_lab.study.pack import StreamSettings
@@ -34,6 +35,7 @@ class WorkerContext:
     stream: StreamSettings | None = None  # of trials that arrive while others train
     fitting_tokens: int | None = None  # of a smaller micro-batch, if memory demands one
     measured_tokens: int | None = None  # of the micro-batch, as `MicroBatchSize` says
+    kernels: int = kernels_kept(1)  # compiled matmuls that the libraries keep on a CPU
     saved_adapter_dir: Path | None = None  # the last one, with whose tokenizer others share files
 
     def environment(self) -> dict[str, Any]:

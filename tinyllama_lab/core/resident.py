@@ -35,14 +35,19 @@ def kernels_kept(adapters: int) -> int:
     return min(_MOST_KERNELS, _KERNELS_OF_ADAPTER * (2 + adapters))
 
 
-def limit_kernels(adapters: int) -> None:
+def limit_kernels(adapters: int) -> int:
     """Let oneDNN and PyTorch keep fewer compiled matmuls; only before the first of them.
 
     Almost every micro-batch has lengths of its own, and brings some 40 kernels of about 1 MiB
     that are used in all its layers and never again.
+
+    Returns:
+        How many are kept, unless the environment says otherwise.
     """
+    kept = kernels_kept(adapters)
     for name in _KERNEL_CACHES:
-        os.environ.setdefault(name, str(kernels_kept(adapters)))
+        os.environ.setdefault(name, str(kept))
+    return kept
 
 
 def reset_peak() -> None:

@@ -84,13 +84,14 @@ def _run_trials(pack: Pack, log: EventLog, stopped: Callable[[], bool]) -> None:
         tasks = tasks_with_data(data, tasks)
         if not tasks and arrivals.closed:
             return
-        limit_kernels(work.stream.max_concurrent if work.stream else len(tasks))
+        kernels = limit_kernels(work.stream.max_concurrent if work.stream else len(tasks))
         log.append("phase", name="loading the base")
         base = load_base(model, quant, work.base.precision, hardware.device, data.tokenizer)
     # not earlier, because what loading frees should go back to the system
     keep_freed_memory()
     memory = PeakMemory(base.device)
     context = WorkerContext(base, data, hardware, memory, work.profile, stopped, work.stream)
+    context.kernels = kernels
     trains = not arrivals.closed or any(task.result_folder == task.trial for task in tasks)
     log.append("phase", name="training" if trains else "scoring")
     _train(context, arrivals, tasks, work.base.deterministic)

@@ -1,4 +1,4 @@
-"""One adapter at a time through PEFT: DoRA, int8 bases, architectures that cannot be packed."""
+"""One adapter at a time through PEFT: int8 bases, and architectures that cannot be packed."""
 
 from __future__ import annotations
 
@@ -182,6 +182,7 @@ def _train(model: nn.Module, is_training: bool) -> None:
     model.eval()
     for module in model.modules():
         if isinstance(module, LoraLayer):
+            module.training = is_training  # DoRA asks for it before it asks its dropout
             module.lora_dropout.train(is_training)
 
 

@@ -170,8 +170,7 @@ def _run_tasks(context: WorkerContext, subject: Subject) -> None:
         subject.note(
             f"eval.harness was skipped: it needs adapters that can be packed, got {received}; "
             "lm-eval loads the adapter onto the unchanged base, and PEFT has changed this one; "
-            "set eval.harness=[], or use a Llama architecture without lora.variant=dora "
-            "or quant=int8"
+            "set eval.harness=[], or choose settings that are packed, without quant=int8"
         )
         return
     context.check_stop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -19,8 +20,6 @@ from tinyllama_lab.core.context import WorkerContext, gpu_tokens
 from tinyllama_lab.core.dataset.example import Example
 from tinyllama_lab.core.engines.base import Engine, WorkItem
 from tinyllama_lab.core.engines.generate import head_size
-from tinyllama_lab.core.engines.packed.any_decoder import UnknownPassError
-from tinyllama_lab.core.engines.packed.apart import UnknownAttentionError
 from tinyllama_lab.core.engines.packed.engine import CACHE_SHARE, PackedEngine
 from tinyllama_lab.core.engines.peft import PeftEngine
 from tinyllama_lab.core.evaluation.load import Scored, scoring_load
@@ -30,6 +29,8 @@ from tinyllama_lab.core.forecast.trace import kept_mib_per_token
 from tinyllama_lab.core.models import lora as adapters
 from tinyllama_lab.core.models.loading import Base
 from tinyllama_lab.core.models.outline import Outline
+from tinyllama_lab.core.out_of_memory import is_out_of_memory
+from tinyllama_lab.core.resident import kernels_kept
 from tinyllama_lab.core.training.memory import Planner
 from tinyllama_lab.core.training.micro_batch import MicroBatchSize
 from tinyllama_lab.metrics import MIB
@@ -160,11 +161,13 @@ class Forecaster:
         """Whether a pass of packed rows runs on the base; a worker compares it with PEFT's too."""
         if self._outline.quant.kind == "int8":
             return False
-        lora = plain_lora(r=2, targets="attention_qv")
+        lora = plain_lora(r=2, targets="all_linear")
         row = Example((0,) * 4, (True,) * 4, (0,), "", "", "")
         try:
             kept_mib_per_token(self._outline, lora, row, packed=True, is_gpu=False)
-        except (UnknownPassError, UnknownAttentionError):
+        except Exception as error:  # a worker, too, then trains one adapter at a time
+            if is_out_of_memory(error):
+                raise
             return False
         return True
 
@@ -273,6 +276,7 @@ class Forecaster:
         held: Any = _Held(self.baseline_mib)
         data: Any = None  # rows are read already
         context = WorkerContext(self._base, data, hardware, held, "", lambda: False)
+        context.kernels = kernels_kept(len(trials))
         planner = _Planner(context, engine, self.room_mib)
         planner.assume(self._kept_per_token(trials[0]))
         planner.has_dropout = any(each.science.lora.dropout > 0 for each in trials)
@@ -358,8 +362,13 @@ class Forecaster:
 def _of_any_layer(lora: LoraConfig) -> LoraConfig:
     """Return settings that adapt every layer, for a model of one or two that stands for all.
 
-    What tokens keep for adapters that are not there is then counted too.
+    What tokens keep for adapters that are not there, or have a lower rank, is then counted too.
     """
-    is_expression = isinstance(lora.targets, str) and expression_of(lora.targets) is not None
-    targets = "all_linear" if is_expression else lora.targets
-    return replace(lora, layers="all", rank_pattern=None, targets=targets)
+    targets = lora.targets
+    if not isinstance(targets, str):
+        leaves = {n.rpartition(".")[2] if re.search(r"\d\.", n) else n for n in targets}
+        targets = sorted(leaves)
+    elif expression_of(targets) is not None:
+        targets = "all_linear"
+    rank = lora.highest_rank
+    return replace(lora, layers="all", targets=targets, r=rank, rank_pattern=None)

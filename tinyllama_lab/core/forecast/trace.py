@@ -20,6 +20,7 @@ from tinyllama_lab.core.engines.packed.attention import LONGEST_KEPT
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
 from tinyllama_lab.core.engines.peft import PeftEngine
 from tinyllama_lab.core.meter import kept_mib
+from tinyllama_lab.core.models.heads import has_plain_head
 from tinyllama_lab.core.models.loading import Base
 from tinyllama_lab.core.models.outline import Outline
 
@@ -50,8 +51,9 @@ def kept_mib_per_token(
 
 
 def _kept(outline: Outline, layers: int, lora: LoraConfig, row: Example, packed: bool) -> float:
-    # PEFT's engine keeps probabilities of the whole vocabulary, the packed one nothing of it
-    model = outline.some_layers(layers, _VOCABULARY if packed else None)
+    # else probabilities of the whole vocabulary are kept
+    in_chunks = packed and has_plain_head(outline.model)
+    model = outline.some_layers(layers, _VOCABULARY if in_chunks else None)
     tokenizer: Any = SimpleNamespace(pad_token_id=0)
     base = Base(model, tokenizer, torch.device("cpu"), outline.dtype, 0)
     engine: Engine[Any] = PackedEngine(base) if packed else PeftEngine(base)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -144,12 +144,26 @@ def _check_matches(
             f"lora.targets and lora.layers must match linear layers, got {lora.targets!r} and "
             f"{lora.layers!r}; this model has layers such as {next(iter(linear))}"
         )
-    for pattern in config.rank_pattern or ():
-        if not any(get_pattern_key([pattern], name) == pattern for name in matched):
-            raise ModelError(
-                f"lora.rank_pattern must name adapted modules, got {pattern!r}; adapted are "
-                f"{', '.join(sorted({name.rpartition('.')[2] for name in matched}))}"
-            )
+    _check_patterns(matched, list(config.rank_pattern or ()))
+
+
+def _check_patterns(matched: Sequence[str], patterns: Sequence[str]) -> None:
+    """Refuse ranks of modules that are not adapted, and two ranks of one module."""
+    by_name = {
+        name: [each for each in patterns if of_module({each: True}, name, False)]
+        for name in matched
+    }
+    if unused := set(patterns) - {pattern for found in by_name.values() for pattern in found}:
+        raise ModelError(
+            f"lora.rank_pattern must name adapted modules, got {min(unused)!r}; adapted are "
+            f"{', '.join(sorted({name.rpartition('.')[2] for name in matched}))}"
+        )
+    # the order of a pattern is not part of a trial's key
+    if twice := next((name for name, found in by_name.items() if len(found) > 1), None):
+        raise ModelError(
+            "lora.rank_pattern must give a module one rank, got "
+            f"{' and '.join(map(repr, by_name[twice]))}, which both match {twice}"
+        )
 
 
 def of_module(patterns: Mapping[str, Any] | None, module: str, other: Any) -> Any:

@@ -54,7 +54,9 @@ class Outline:
                 model = _from_config(config, dtype)
         except Exception as error:  # whatever the code of an architecture raises
             raise _unknown(Path(config.name_or_path) / "config.json", error) from error
-        vars(model)["is_quantized"] = quant.kind != "none"  # as on a model that was loaded so
+        # as on a model that was loaded so
+        vars(model)["is_quantized"] = quant.kind != "none"
+        vars(model)["is_loaded_in_8bit"] = quant.kind == "int8"
         return cls(model, quant, dtype)
 
     @property

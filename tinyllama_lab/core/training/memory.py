@@ -19,8 +19,8 @@ from tinyllama_lab.core.engines.packed.attention import LONGEST_FUSED, LONGEST_K
 from tinyllama_lab.core.engines.packed.head import logits_mib
 from tinyllama_lab.core.evaluation.load import ScoringLoad
 from tinyllama_lab.core.meter import HEAP_GAPS, free_mib, kept_mib
+from tinyllama_lab.core.models.heads import has_plain_head
 from tinyllama_lab.core.out_of_memory import is_out_of_memory, unless_out_of_memory
-from tinyllama_lab.core.resident import kernels_kept
 from tinyllama_lab.core.training.micro_batch import SIZES
 from tinyllama_lab.metrics import MIB
 
@@ -29,10 +29,12 @@ MEASURED_TOKENS = 256  # of an example, where every token keeps as much
 BLOCKS_IN_HAND = 2  # gradients of the block in backward, in units of its kept activations
 HEAP_SLACK = 1.25  # tensors of changing sizes leave gaps in the C library's heap
 MOST_GAPS = 1.25  # of a step's activations; `PeakMemory` then returns freed memory
-UNEVEN_GAPS, PEFT_INT8_GAPS = 0.25, 1.0  # in addition, where more is freed than activations
-PEAKS_VARY = 1.02  # the same pack takes a few percent more or less; told is rather too much
+# in addition, where more is freed than activations
+UNEVEN_GAPS, DROPOUT_GAPS, PEFT_INT8_GAPS = 0.25, 0.5, 1.0
+PEAKS_VARY = 1.01  # the same pack takes a few percent more or less; told is rather too much
 LIBRARIES_MIB = 10  # that the first pass on a CPU loads
 BACKWARD_MIB = 25  # the same of the first backward pass and optimizer step
+TRAINED_MIB = 15  # of these, what is still there in scoring
 # of the compiled matmuls: those of a micro-batch of new lengths, and the mean of one that is kept
 SHAPE_KERNELS_MIB, KERNEL_MIB = 9, 0.8
 MASK_BYTES = 4 * 8  # of a value of a dropout mask: integers that are mixed
@@ -40,7 +42,7 @@ MASK_BYTES = 4 * 8  # of a value of a dropout mask: integers that are mixed
 FOUR_BIT_BYTES, INT8_BYTES = 44, 88
 SCORES_IN_HAND = 3  # of attention: scores, probabilities and their gradient
 INITIAL_BYTES = 4  # a parameter: PEFT's initial values, which the packed engine keeps once
-PASS_BLOCKS = 5  # tensors of a pass without gradients, in units of a block's kept activations
+PASS_BLOCKS = 6  # tensors of a pass without gradients, in units of a block's kept activations
 CACHE_COPIES = 4  # of keys and values: dropping finished rows copies them, and leaves gaps
 LOGITS_MIB = 3 * 64  # one chunk of logits, and what its matmuls and softmax need
 
@@ -58,6 +60,7 @@ class Planner:
         self._longest_tokens = 1
         self._largest_tokens = self._more_shapes = 0
         self._shapes: set[int] = set()  # tokens of the micro-batches so far
+        self._scored_shapes: set[int] = set()  # the same in scoring
         self.checkpointing = context.hardware.gradient_checkpointing
         self.has_dropout = False
         self.max_concurrent: int | None = engine.max_concurrent
@@ -225,11 +228,12 @@ class Planner:
             tokens = max(sum(len(example.ids) for example in batch) for batch in load.batches)
             block = self._kept_mib(tokens, checkpointing=False)[1]
             return held + max(BLOCKS_IN_HAND * block + LOGITS_MIB, load.cache_mib)
-        self._shapes.update(sum(len(example.ids) for example in batch) for batch in load.batches)
+        tokens_of = {sum(len(example.ids) for example in batch) for batch in load.batches}
+        self._scored_shapes |= tokens_of
         # scoring leaves its tensors in the heap, where generation finds no room
         gaps = HEAP_GAPS if len(load.batches) > 2 else 0.0
         passes = max(self._pass_mib(batch, gaps) for batch in load.batches)
-        libraries = self._libraries_mib(adapters) + BACKWARD_MIB
+        libraries = self._libraries_mib(adapters) + TRAINED_MIB
         return held + libraries + passes + CACHE_COPIES * load.cache_mib
 
     def _pass_mib(self, batch: Sequence[Example], gaps: float) -> float:
@@ -238,7 +242,8 @@ class Planner:
         longest = max(len(example.ids) for example in batch)
         block = self._kept_mib(tokens, checkpointing=False)[1]
         labels = sum(example.labels for example in batch)
-        logits = self._logits_mib(labels) if self._is_packed else self._whole_logits_mib(labels)
+        in_chunks = self._is_packed and has_plain_head(self._context.base.model)
+        logits = self._logits_mib(labels) if in_chunks else self._whole_logits_mib(labels)
         return (1 + gaps) * (PASS_BLOCKS * block + self._scores_mib(tokens, longest)) + logits
 
     def predicted(self) -> dict[str, float]:
@@ -304,9 +309,11 @@ class Planner:
         transformers computes for PEFT's engine.
         """
         if not self._is_packed:
-            return PEFT_INT8_GAPS if self._is_quantized else UNEVEN_GAPS
+            return PEFT_INT8_GAPS if self._is_int8 else UNEVEN_GAPS
+        if self.has_dropout:
+            return DROPOUT_GAPS
         is_long = self._longest_tokens > LONGEST_KEPT
-        return UNEVEN_GAPS if self._is_quantized or is_long or self.has_dropout else 0.0
+        return UNEVEN_GAPS if self._is_quantized or is_long else 0.0
 
     @property
     def _shape_count(self) -> int:
@@ -320,17 +327,22 @@ class Planner:
     def _is_quantized(self) -> bool:
         return bool(getattr(self._context.base.model, "is_quantized", False))
 
+    @property
+    def _is_int8(self) -> bool:
+        return bool(getattr(self._context.base.model, "is_loaded_in_8bit", False))
+
     def _libraries_mib(self, adapters: Sequence[float]) -> float:
         """Return MiB of libraries and their kernels, and of the last initial values."""
         base = self._context.base
         initial = max(adapters, default=0.0) * INITIAL_BYTES / adapter_bytes(base.dtype)
-        kept = KERNEL_MIB * kernels_kept(len(adapters))
-        kernels = min(SHAPE_KERNELS_MIB * self._shape_count, kept)
+        kept = KERNEL_MIB * self._context.kernels
+        shapes = self._shape_count + len(self._scored_shapes - self._shapes)
+        kernels = min(SHAPE_KERNELS_MIB * shapes, kept)
         return LIBRARIES_MIB + kernels + initial + self._is_quantized * self._dequantizing_mib()
 
     def _dequantizing_mib(self) -> float:
         """Return MiB that making the largest matrix dense takes beside the result."""
-        size = FOUR_BIT_BYTES if self._is_packed else INT8_BYTES
+        size = INT8_BYTES if self._is_int8 else FOUR_BIT_BYTES
         return size * 2 * math.prod(self._widths) / MIB  # gate and up
 
     def _scores_mib(self, tokens: int, longest: int) -> float:
@@ -347,7 +359,7 @@ class Planner:
         return logits_mib(labels, base.model.config.vocab_size, base.dtype.itemsize)
 
     def _whole_logits_mib(self, labels: int) -> float:
-        """Return MiB of the logits of PEFT's engine, with float32 copies for their loss."""
+        """Return MiB of the logits of all labels at once, with float32 copies for their loss."""
         base = self._context.base
         return labels * base.model.config.vocab_size * (base.dtype.itemsize + 8) / MIB
 
@@ -383,4 +395,4 @@ def heap_gaps(in_step: int, shapes: int) -> float:
         in_step: micro-batches of the step; after each step all gaps join.
         shapes: lengths of micro-batches that differ, over all steps so far.
     """
-    return max(0.0, (0.1 if in_step > 1 else -0.2) + 0.28 * math.log2(shapes))
+    return max(0.0, (0.0 if in_step > 1 else -0.2) + 0.28 * math.log2(shapes))

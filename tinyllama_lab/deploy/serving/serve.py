@@ -188,7 +188,7 @@ def vllm_command(service: Service, served: Sequence[Selection]) -> str:
     It is empty where there are none that vLLM takes: it has no DoRA.
     """
     loras = [(each, part(Science, each.trial.config).lora) for each in served]
-    plain = [(each, lora) for each, lora in loras if not VARIANTS[lora.variant].not_packed]
+    plain = [(each, lora) for each, lora in loras if not VARIANTS[lora.variant].trains_magnitudes]
     if not plain:
         return ""
     highest = max(lora.highest_rank for _, lora in plain)

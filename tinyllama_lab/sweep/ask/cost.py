@@ -91,6 +91,7 @@ def known_costs(
     speeds = [
         rate * step_share(t.settings["lora.targets"]) / share
         for t in same_machine
+        if t.settings.get("lora.layers", ALL) == config.lora.layers
         if (rate := t.metric("perf/train_tokens_per_s"))
     ]
     peaks = [peak for t in same_machine if (peak := t.metric("memory/train_peak_mib"))]
@@ -163,9 +164,18 @@ def _characters(row: RawRow, data: DataConfig) -> int:
 def _adapter_sizes(trials: Sequence[Scored]) -> Iterator[tuple[str, float]]:
     for trial in trials:
         size, rank = trial.metric("size/adapter_mib"), trial.settings.get("lora.r")
-        if size and rank:
+        has_one_rank = not any(key.startswith("lora.rank_pattern.") for key in trial.settings)
+        if size and rank and has_one_rank:
             # the size of an adapter is proportional to its rank
-            yield str(trial.settings.get("lora.targets")), size / rank
+            lora = {
+                name: trial.settings.get(f"lora.{name}", ALL) for name in ("targets", "layers")
+            }
+            yield _modules(lora), size / rank
+
+
+def _modules(lora: Mapping[str, Any]) -> str:
+    """Return a key of the modules that settings of an adapter select."""
+    return f"{lora['targets']} of {lora['layers']}"
 
 
 def cost_lines(
@@ -189,8 +199,8 @@ def cost_lines(
     if known.peak_mib:
         yield "memory", f"up to {known.peak_mib:,.0f} MiB, as in earlier trials of this base"
     adapters = [planned.config["lora"] for planned in work.planned]
-    if all(str(adapter["targets"]) in known.adapter_mib for adapter in adapters):
-        mib = [known.adapter_mib[str(lora["targets"])] * lora["r"] for lora in adapters]
+    if all(_modules(a) in known.adapter_mib and not a["rank_pattern"] for a in adapters):
+        mib = [known.adapter_mib[_modules(lora)] * lora["r"] for lora in adapters]
         yield "disk", f"about {sum(mib) / work.candidates:,.0f} MiB of adapters"
 
 

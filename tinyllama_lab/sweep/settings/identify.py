@@ -18,7 +18,6 @@ from tinyllama_lab.config.axes import shown_name
 from tinyllama_lab.config.schema import ALL, HUB_COLUMNS, Config, DataConfig, ModelConfig, Science
 from tinyllama_lab.config.targets import LLAMA_MODULES, TARGET_GROUPS, group_names
 from tinyllama_lab.config.validate import build
-from tinyllama_lab.config.variants import SINGLE
 from tinyllama_lab.data import cache, hub
 from tinyllama_lab.data.snapshots import fewest_positions
 from tinyllama_lab.data.sources import content_digest, load_held_out, load_rows
@@ -269,11 +268,10 @@ def harness_problem(config: Science) -> str | None:
     if not config.eval.harness:
         return None
     # the harness runs on the packed engine, which cannot carry these
-    if config.lora.variant in SINGLE or config.quant.kind == "int8":
+    if config.quant.kind == "int8":
         return (
-            "eval.harness runs on adapters that can be packed, got "
-            f"lora.variant={config.lora.variant} quant={config.quant.kind}; "
-            "set eval.harness=[], or choose another variant or quantization"
+            "eval.harness runs on adapters that can be packed, got quant=int8; "
+            "set eval.harness=[], or another quantization"
         )
     if importlib.util.find_spec("lm_eval") is not None:
         return None

@@ -14,7 +14,6 @@ from typing import Any
 from tinyllama_lab.config.axes import flatten
 from tinyllama_lab.config.command import typed
 from tinyllama_lab.config.sources import FILE_OPTIONS, SOURCES
-from tinyllama_lab.config.variants import SINGLE
 from tinyllama_lab.sweep.settings.compose import Cell, groups, option_values
 from tinyllama_lab.sweep.tracking.record import without_password
 
@@ -69,7 +68,6 @@ _IDLE: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
     ("tracking.folder", "tracking.enabled", _is(False), "tracking=mlflow"),
     ("tracking.folder", "tracking.uri", _is_not(None), "tracking.uri=null"),
     ("hardware.keep_dequantized", "quant.kind", _is_not("nf4", "fp4"), "quant=nf4"),
-    ("hardware.keep_dequantized", "lora.variant", _is(*SINGLE), "lora.variant=lora"),
     ("hardware.gpus", "hardware.device", _is("cpu"), "hardware.device=auto"),
     ("hardware.gpus", _LAUNCHER, _is("inline"), f"{_LAUNCHER}=local"),
     ("hardware.workers", _LAUNCHER, _is("inline"), f"{_LAUNCHER}=local"),

@@ -46,7 +46,8 @@ B `[outputs, rank]` and `s = scaling`:
 
 W gets no gradient. `x` is not kept for backward but recomputed from `source` (`elementwise.py`),
 and of the adapter only `h` is kept. The mask is that of dropout (`dropout.py`): a hash of trial
-seed, step, example, token and module, so it does not depend on what else is in the batch.
+seed, step, example, token and module, so it does not depend on what else is in the batch. For
+adapters with DoRA, `dora.py` then scales the rows of `result`.
 
 On a CPU with a C++ compiler, the matmuls with A and B are loops of `lora_cpu.cpp`, and the
 elementwise steps loops of `fused_cpu.cpp`. `fused_cpu.py` compiles and calls both.

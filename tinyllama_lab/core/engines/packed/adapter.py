@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +32,9 @@ class Pairs:
     grad_b: list[torch.Tensor]
     rank: int
     scaling: float  # of the low-rank update
+    # of DoRA, `[outputs]` each: always in float32, since they scale what the base itself computes
+    magnitudes: list[torch.Tensor]
+    grad_magnitudes: list[torch.Tensor]
 
 
 @dataclass
@@ -75,6 +78,7 @@ class PackedAdapter:
         self.flat.grad = storage.gradients
         with torch.no_grad():
             storage.weights.copy_(self.values(initial)[0])
+        self._norms: dict[str, torch.Tensor] = {}  # of the weights of DoRA's modules, by name
         self.updated()
         self.row: torch.Tensor | None = None  # of the table that the kernels on a GPU read
         self.module_numbers: frozenset[int] = frozenset()  # of its modules, for these kernels
@@ -99,9 +103,9 @@ class PackedAdapter:
     def use_kernels(self, numbers: dict[str, int]) -> None:
         """Let the kernels on a GPU take this adapter; `numbers` are those of all modules.
 
-        They know one rank of an adapter. One with several goes without them.
+        They know one rank of an adapter and no magnitudes. Others go without them.
         """
-        if len(self.layout.ranks) > 1:
+        if len(self.layout.ranks) > 1 or self.layout.has_magnitudes:
             return
         scaling = self._scaling(next(iter(self.layout.offsets)))
         self.row = table_row(self.layout, numbers, self.compute_weights, self.gradients, scaling)
@@ -110,7 +114,8 @@ class PackedAdapter:
     def freeze(self) -> None:
         """Free what only training needs: gradients, and float32 weights that are only updated."""
         storage = self._storage
-        storage.weights = storage.compute_weights
+        if not self.layout.has_magnitudes:
+            storage.weights = storage.compute_weights
         # one element that every view of a gradient shows, since nothing is added to it any more
         storage.gradients = torch.zeros(1, device=storage.weights.device).expand(self.layout.size)
         self.flat = nn.Parameter(storage.weights, requires_grad=False)
@@ -162,7 +167,21 @@ class PackedAdapter:
             [layout.matrices(gradients, offsets)[1] for offsets in neighbours],
             neighbours[0].shape.rank,
             self._scaling(modules[0]),
+            self._magnitudes(self._storage.weights, neighbours),
+            self._magnitudes(gradients, neighbours),
         )
+
+    def _magnitudes(
+        self, flat: torch.Tensor, neighbours: Sequence[MatrixOffsets]
+    ) -> list[torch.Tensor]:
+        found = (self.layout.magnitudes(flat, offsets) for offsets in neighbours)
+        return [lengths for lengths in found if lengths is not None]
+
+    def norm(self, module: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Return what `compute` gave for a module since the last update."""
+        if module not in self._norms:
+            self._norms[module] = compute()
+        return self._norms[module]
 
     def named(self, values: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return the matrices in a flat vector, by name."""
@@ -180,6 +199,7 @@ class PackedAdapter:
 
     def updated(self) -> None:
         """Copy the weights to `compute_weights`, rounded, if that has another dtype."""
+        self._norms.clear()
         if self._storage.compute_weights is not self._storage.weights:
             self._storage.compute_weights.copy_(self._storage.weights)
 

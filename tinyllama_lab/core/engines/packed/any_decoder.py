@@ -224,6 +224,10 @@ class _OwnWeight:
     inputs: int
     outputs: list[int]
 
+    def dense(self) -> torch.Tensor:
+        """Refuse: only DoRA asks, which scales the whole product."""
+        raise UnknownPassError("a linear layer computes its own product, which DoRA has to scale")
+
 
 def _linear(
     linear: PackedLinear,

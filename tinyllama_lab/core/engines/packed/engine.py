@@ -10,6 +10,7 @@ import peft
 import torch
 
 from tinyllama_lab.config.lora import LoraConfig
+from tinyllama_lab.config.variants import VARIANTS
 from tinyllama_lab.core.engines.base import WorkItem, adapter_bytes, by_adapter
 from tinyllama_lab.core.engines.generate import cache_bytes
 from tinyllama_lab.core.engines.packed import fused_gpu
@@ -74,7 +75,7 @@ class PackedEngine:
     def add(self, config: LoraConfig, seed: int) -> PackedAdapter:
         """Add a new adapter with PEFT's initial values."""
         settings, initial = self._initial(config, seed)
-        layout = Layout(_shapes(initial))
+        layout = Layout(_shapes(initial), VARIANTS[config.variant].trains_magnitudes)
         storage = Storage.new(layout.size, self._base.dtype, self._base.device)
         adapter = PackedAdapter(layout, storage, settings, initial, seed)
         if self._triton:

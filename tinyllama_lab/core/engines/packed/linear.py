@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 
-from tinyllama_lab.core.engines.packed import fused_cpu
-from tinyllama_lab.core.engines.packed.adapter import Pairs
+from tinyllama_lab.core.engines.packed import dora, fused_cpu
+from tinyllama_lab.core.engines.packed.adapter import PackedAdapter, Pairs
 from tinyllama_lab.core.engines.packed.batch import PackedBatch
 from tinyllama_lab.core.engines.packed.dropout import mask
 from tinyllama_lab.core.engines.packed.elementwise import Step
@@ -20,6 +21,7 @@ from tinyllama_lab.core.engines.packed.weights import FrozenWeight
 class Part(NamedTuple):
     """One adapter on modules that share one A: its rows and columns of the output."""
 
+    adapter: PackedAdapter
     pairs: Pairs
     rows: slice
     columns: list[slice]  # of every module
@@ -37,6 +39,7 @@ class PackedLinear:
         self.weight = weight
         self.columns = columns
         self._modules = list(modules)
+        self._squares: torch.Tensor | None = None  # of the lengths of the weight's rows
         ends = list(accumulate(weight.outputs))
         self._columns = {
             name: slice(end - outputs, end)
@@ -59,10 +62,83 @@ class PackedLinear:
             What `add_gradients` needs beside x.
         """
         if batch.segments is None:
-            return [_add_lora(part, x, result[part.rows]) for part in self.parts(batch)]
+            return [kept for part in self.parts(batch) for kept in self._add(part, x, result)]
         if batch.segments.adapts(self.columns):
             return [batch.segments.forward(self.columns, x, result)]
         return []
+
+    def _add(self, part: Part, x: torch.Tensor, result: torch.Tensor) -> list[torch.Tensor]:
+        rows, undropped = result[part.rows], None
+        if not part.pairs.magnitudes:
+            return [_add_lora(part, x, rows)]
+        if part.dropout is not None:
+            (columns,) = part.columns
+            undropped = rows[:, columns] - _masked(x, part) @ self.weight.dense()[columns].T
+        h = _add_lora(part, x, rows)
+        gains = [m / n for m, n in zip(part.pairs.magnitudes, self._norms(part), strict=True)]
+        return [h, dora.rescale(rows, part.columns, gains, undropped)]
+
+    def _norms(self, part: Part) -> list[torch.Tensor]:
+        """Return the lengths of the rows of base and update together, `[outputs]` each."""
+
+        def norm(number: int) -> torch.Tensor:
+            weight, columns = self.weight.dense(), part.columns[number]
+            if self._squares is None:
+                lengths = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
+                self._squares = lengths.square()
+            a, b = part.pairs.a[part.ranks[number]], part.pairs.b[number]
+            squares = self._squares[columns]
+            return dora.row_norms(weight[columns], squares, a, b, part.pairs.scaling)
+
+        names = enumerate(part.pairs.modules)
+        return [part.adapter.norm(name, partial(norm, number)) for number, name in names]
+
+    def grad_of_sums(
+        self, inner: Sequence[torch.Tensor], grad: torch.Tensor, batch: PackedBatch
+    ) -> torch.Tensor:
+        """Return the gradient of base plus updates, from that of the output that DoRA scales.
+
+        The gradients of magnitudes are added in place. Without DoRA it is `grad` itself.
+        """
+        if not inner or not any(s.adapter.layout.has_magnitudes for s in batch.spans):
+            return grad
+        result = grad.clone()
+        for part, _, sums in self._kept(inner, batch):
+            if sums is not None:
+                widths = [each.stop - each.start for each in part.columns]
+                for number, (z, norm) in enumerate(
+                    zip(sums.split(widths, dim=1), self._norms(part), strict=True)
+                ):
+                    outer = grad[part.rows, part.columns[number]]
+                    summed = (outer.float() * z.float()).sum(0)
+                    part.pairs.grad_magnitudes[number].add_(summed / norm)
+                    gain = part.pairs.magnitudes[number] / norm
+                    result[part.rows, part.columns[number]] = outer * gain
+        return result
+
+    def add_undropped(
+        self, difference: torch.Tensor, grad_x: torch.Tensor, batch: PackedBatch
+    ) -> None:
+        """Add to `grad_x` what reaches `x` past the dropout of DoRA's adapters, in place.
+
+        Args:
+            difference: the gradient of the output minus that of the sums.
+            grad_x: as if the base's part of the sums were not masked.
+            batch: the tokens.
+        """
+        for part in self.parts(batch):
+            if part.pairs.magnitudes and part.dropout is not None:
+                (columns,) = part.columns
+                grad = difference[part.rows, columns] @ self.weight.dense()[columns]
+                grad_x[part.rows] += grad * (1 - part.dropout)
+
+    def _kept(
+        self, inner: Sequence[torch.Tensor], batch: PackedBatch
+    ) -> Iterator[tuple[Part, torch.Tensor, torch.Tensor | None]]:
+        """Yield every part with what `add` kept for it: `x @ A.T`, and sums that DoRA scales."""
+        tensors = iter(inner)
+        for part in self.parts(batch):
+            yield part, next(tensors), next(tensors) if part.pairs.magnitudes else None
 
     def add_gradients(
         self,
@@ -72,9 +148,9 @@ class PackedLinear:
         grad_x: torch.Tensor,
         batch: PackedBatch,
     ) -> None:
-        """Add to the adapters' gradients and to `grad_x [tokens, inputs]`, all in place."""
+        """Add to the gradients of A and B and to `grad_x [tokens, inputs]`, all in place."""
         if batch.segments is None:
-            for part, h in zip(self.parts(batch), inner, strict=True):
+            for part, h, _ in self._kept(inner, batch):
                 _add_gradients(part, h, x, grad, grad_x)
         elif inner:
             batch.segments.backward(self.columns, x, inner[0], grad, grad_x)
@@ -95,7 +171,7 @@ class PackedLinear:
                     dropout_mask = dropout_mask.to(pairs.a.dtype)
                 columns = [self._columns[name] for name in pairs.modules]
                 ranks = [slice(n * pairs.rank, (n + 1) * pairs.rank) for n in range(len(columns))]
-                yield Part(pairs, rows, columns, ranks, dropout_mask)
+                yield Part(span.adapter, pairs, rows, columns, ranks, dropout_mask)
 
 
 class _Apply(torch.autograd.Function):
@@ -117,11 +193,14 @@ class _Apply(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         source, saved, *inner = ctx.saved_tensors
         linear: PackedLinear = ctx.linear
-        grad_x = grad @ linear.weight.dense()
+        grad_sums = linear.grad_of_sums(inner, grad, ctx.batch)
+        grad_x = grad_sums @ linear.weight.dense()
         # only the gradients of adapters read x: without an adapter on this layer, nothing is
         # saved in `inner`, x is never used, and recomputing it would be wasted
         x = linear.step.recompute(source, saved) if inner else source
-        linear.add_gradients(inner, x, grad, grad_x, ctx.batch)
+        linear.add_gradients(inner, x, grad_sums, grad_x, ctx.batch)
+        if grad_sums is not grad:
+            linear.add_undropped(grad - grad_sums, grad_x, ctx.batch)
         return linear.step.backward(grad_x, source, saved), None, None
 
 
