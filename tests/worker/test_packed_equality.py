@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file
 
 from tests.llamas import base_of, example, llama
@@ -24,10 +25,13 @@ from tinyllama_lab.core.training.adapter_trainer import AdapterTrainer
 from tinyllama_lab.core.training.step_schedule import batches, lr_factor
 from tinyllama_lab.study.trial import State, TrialFolder
 
-THREE: list[dict[str, Any]] = [
+SIX: list[dict[str, Any]] = [
     {"lora.r": 2, "lora.targets": "attention_qv", "train.lr": 3e-3, "seed": 1},
     {"lora.r": 8, "lora.variant": "rslora", "train.lr": 1e-3, "train.schedule": "linear"},
     {"lora.r": 4, "lora.targets": "mlp", "train.lr": 2e-2, "train.weight_decay": 0.5},
+    {"lora.r": 3, "lora.variant": "dora", "train.lr": 5e-3},
+    {"lora.r": 4, "train.lr": 1e-3, "train.loraplus_ratio": 8},
+    {"lora.r": 2, "lora.variant": "dora", "train.lr": 1e-3, "train.loraplus_ratio": 4},
 ]
 EIGHT: list[dict[str, Any]] = [
     {"lora.r": 1, "train.max_steps": 5},
@@ -71,14 +75,21 @@ def plain_loop(base: Base, science: Science) -> tuple[list[float], dict[str, tor
         lora_alpha=2 * config.r,
         target_modules=wanted.get(str(config.targets), "all-linear"),
         use_rslora=config.variant == "rslora",
+        use_dora=config.variant == "dora",
     )
     model: Any = peft.get_peft_model(base.model, settings)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=train.lr, weight_decay=train.weight_decay)
+    options = {"lr": train.lr, "weight_decay": train.weight_decay}
+    if ratio := train.loraplus_ratio:
+        kind = torch.optim.AdamW
+        optimizer = create_loraplus_optimizer(model, kind, loraplus_lr_ratio=ratio, **options)
+    else:
+        optimizer = torch.optim.AdamW(parameters, **options)
+    peaks = [group["lr"] for group in optimizer.param_groups]
     found = []
     for step, rows in enumerate(batches(len(CHOSEN), train, science.seed)):
-        for group in optimizer.param_groups:
-            group["lr"] = train.lr * schedule(step, train)
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * schedule(step, train)
         loss = batch_loss(model, [CHOSEN[row] for row in rows])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -100,12 +111,12 @@ def schedule(step: int, train: TrainConfig) -> float:
 
 
 @pytest.mark.usefixtures("kind_of_cpu")
-def test_a_hundred_steps_of_three_adapters_equal_peft_and_adamw(
+def test_a_hundred_steps_of_six_adapters_equal_peft_and_adamw(
     tiny_base: Base, configure: Any, tmp_path: Path
 ) -> None:
     engine, trainers, expected = PackedEngine(tiny_base), [], []
     shared = {"train.max_steps": 100, "train.batch_size": 3, "lora.alpha": None}
-    for number, changes in enumerate(THREE):
+    for number, changes in enumerate(SIX):
         science = part(Science, configure({**changes, **shared}))
         assert lr_factor(57, 100, science.train) == pytest.approx(schedule(57, science.train))
         adapter = engine.add(science.lora, science.seed)

@@ -14,7 +14,7 @@ def resolved(config: Config) -> dict[str, Any]:
     """Return the science as plain dictionaries, in one spelling: equal for equivalent trials.
 
     A null alpha becomes 2 r, a list of targets becomes its group's name or is sorted, a pattern
-    of ranks that all equal r becomes null, and so do empty strings.
+    of ranks that all equal r becomes null, and so do a LoRA+ ratio of 1 and empty strings.
     """
     everything = asdict(config)  # only the groups of `Science` are in a key
     plain = {name: everything[name] for name in typing.get_type_hints(Science)}
@@ -31,6 +31,8 @@ def resolved(config: Config) -> dict[str, Any]:
         "rank_pattern": ranks if set(ranks.values()) - {config.lora.r} else None,
     }
     plain["data"] |= _plain_data(config.data)
+    if plain["train"]["loraplus_ratio"] == 1:
+        plain["train"]["loraplus_ratio"] = None
     return plain
 
 

@@ -196,6 +196,7 @@ class TrainConfig:
     max_steps: int | None = rule(least=1)  # optimizer steps
     batch_size: int = rule(least=1)
     lr: float = rule(above=0, most=1)
+    loraplus_ratio: float | None = rule(above=0)  # learning rate of B to that of A
     schedule: str = rule(choices=("cosine", "linear", "constant"))
     warmup_ratio: float = rule(least=0, most=1)
     weight_decay: float = rule(least=0, most=1)

@@ -34,6 +34,7 @@ NEUTRAL: dict[str, Any] = {
     "data.columns.system": None,
     "data.columns.tools": None,
     "data.columns.group": None,
+    "train.loraplus_ratio": None,
     "lora.layers": "all",
     "lora.rank_pattern": None,
     "eval.general": False,

@@ -28,6 +28,10 @@ class Adapter(Protocol):
         """Return the parameters that an optimizer updates."""
 
     @property
+    def fast_parameters(self) -> list[nn.Parameter]:
+        """Return those of `parameters` that LoRA+ (arXiv 2402.12354) trains faster."""
+
+    @property
     def trainable_params(self) -> int:
         """Return the number of trained values."""
 

@@ -41,6 +41,11 @@ class PeftAdapter:
         return list(self._trainable.values())
 
     @property
+    def fast_parameters(self) -> list[nn.Parameter]:
+        """Return those that LoRA+ trains faster, as PEFT's optimizer does: B and magnitudes."""
+        return [p for name, p in self._trainable.items() if "lora_B" in name or p.ndim == 1]
+
+    @property
     def trainable_params(self) -> int:
         """Return the number of trained values."""
         return sum(parameter.numel() for parameter in self.parameters)

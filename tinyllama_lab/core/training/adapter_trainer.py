@@ -81,8 +81,7 @@ class AdapterTrainer:
         self.scaler = torch.amp.GradScaler(self._device.type, enabled=base_dtype == torch.float16)
         self._wake_scaler()
         self._optimizer = torch.optim.AdamW(
-            adapter.parameters,
-            lr=science.train.lr,
+            _groups(adapter, science.train),
             weight_decay=science.train.weight_decay,
             fused=True,  # one pass over weights, gradient and moments
         )
@@ -133,7 +132,7 @@ class AdapterTrainer:
             would make the host wait.
         """
         for group in self._optimizer.param_groups:
-            group["lr"] = self.lr
+            group["lr"] = self.lr * group["ratio"]
         self.scaler.unscale_(self._optimizer)
         limit = math.inf if self.settings.clip_norm is None else self.settings.clip_norm
         norm = nn.utils.clip_grad_norm_(self.adapter.parameters, limit)
@@ -268,6 +267,21 @@ class AdapterTrainer:
             if name.startswith(prefix)
         }
         return self.adapter.values(matrices)
+
+
+def _groups(adapter: Adapter, train: TrainConfig) -> list[dict[str, Any]]:
+    """Return the parameters of an adapter by the ratio of their learning rate to `train.lr`."""
+    fast, ratio = {id(parameter) for parameter in adapter.fast_parameters}, train.loraplus_ratio
+    if ratio is None:
+        return [{"params": adapter.parameters, "lr": train.lr, "ratio": 1.0}]
+    return [
+        {
+            "params": [p for p in adapter.parameters if (id(p) in fast) == is_fast],
+            "lr": train.lr * each,
+            "ratio": each,
+        }
+        for is_fast, each in ((False, 1.0), (True, ratio))
+    ]
 
 
 def _batches_from(

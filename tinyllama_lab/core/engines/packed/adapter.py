@@ -54,10 +54,13 @@ class Storage:
 
 
 class PackedAdapter:
-    """An adapter as one flat parameter.
+    """An adapter as one flat vector, of which an optimizer sees two parts: all A, and the rest.
 
     Clipping and AdamW then take a few operations per adapter, instead of a few for each of its
     several hundred matrices.
+
+    Attributes:
+        flat: all weights, `[layout.size]` in float32.
     """
 
     def __init__(
@@ -74,10 +77,11 @@ class PackedAdapter:
         self.dropout = float(config.lora_dropout)
         self.layout = layout
         self._storage = storage
-        self.flat = nn.Parameter(storage.weights)
-        self.flat.grad = storage.gradients
-        with torch.no_grad():
-            storage.weights.copy_(self.values(initial)[0])
+        self.flat = storage.weights
+        layout.fill(self.flat, initial)
+        self._parts = [nn.Parameter(part) for part in layout.parts(self.flat)]
+        for part, gradient in zip(self._parts, layout.parts(storage.gradients), strict=True):
+            part.grad = gradient
         self._norms: dict[str, torch.Tensor] = {}  # of the weights of DoRA's modules, by name
         self.updated()
         self.row: torch.Tensor | None = None  # of the table that the kernels on a GPU read
@@ -87,8 +91,13 @@ class PackedAdapter:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """Return the flat vector as the only parameter."""
-        return [self.flat]
+        """Return two parts of the flat vector: all A, and all others."""
+        return list(self._parts)
+
+    @property
+    def fast_parameters(self) -> list[nn.Parameter]:
+        """Return those that LoRA+ trains faster: B and magnitudes."""
+        return self._parts[1:]
 
     @property
     def compute_weights(self) -> torch.Tensor:
@@ -118,13 +127,14 @@ class PackedAdapter:
             storage.weights = storage.compute_weights
         # one element that every view of a gradient shows, since nothing is added to it any more
         storage.gradients = torch.zeros(1, device=storage.weights.device).expand(self.layout.size)
-        self.flat = nn.Parameter(storage.weights, requires_grad=False)
+        self.flat = storage.weights
+        self._parts = [nn.Parameter(storage.weights, requires_grad=False)]
         self._pairs.clear()
 
     @property
     def trainable_params(self) -> int:
         """Return the number of trained values, without the gaps between matrices."""
-        return sum(matrix.numel() for matrix in self.named([self.flat]).values())
+        return sum(matrix.numel() for matrix in self.layout.split(self.flat).values())
 
     def pairs(self, modules: Sequence[str], masked: bool = False) -> list[Pairs]:
         """Return the adapter's matrices on `modules`, which share their input; maybe none.
@@ -184,14 +194,14 @@ class PackedAdapter:
         return self._norms[module]
 
     def named(self, values: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return the matrices in a flat vector, by name."""
-        return self.layout.split(values[0].detach())
+        """Return the matrices in the parts of a flat vector, by name."""
+        return self.layout.split(torch.cat([value.detach() for value in values]))
 
     def values(self, named: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-        """Return matrices as a flat vector; missing matrices are zero."""
-        flat = torch.zeros_like(self.flat.detach())
+        """Return matrices as the parts of a flat vector; missing matrices are zero."""
+        flat = torch.zeros_like(self.flat)
         self.layout.fill(flat, named)
-        return [flat]
+        return self.layout.parts(flat)
 
     def zero_grad(self) -> None:
         """Set the gradient to zero in place."""
@@ -206,7 +216,7 @@ class PackedAdapter:
     def save(self, folder: Path) -> None:
         """Write the folder that PEFT's own `save_pretrained` would write."""
         folder.mkdir(parents=True, exist_ok=True)
-        named = self.named([self.flat])
+        named = self.layout.split(self.flat)
         matrices = {name: matrix.cpu().contiguous() for name, matrix in named.items()}
         save_file(matrices, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         # PEFT's `save_pretrained` sets this too
@@ -217,7 +227,7 @@ class PackedAdapter:
     @torch.no_grad()
     def load(self, folder: Path) -> None:
         """Load the values that `save` wrote."""
-        self.flat.copy_(self.values(load_file(folder / ADAPTER_WEIGHTS))[0])
+        self.layout.fill(self.flat.zero_(), load_file(folder / ADAPTER_WEIGHTS))
         self.updated()
 
 

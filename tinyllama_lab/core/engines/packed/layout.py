@@ -39,7 +39,7 @@ class Layout:
         self.offsets: dict[str, MatrixOffsets] = {}
         a = 0
         # B begins where the last A ends
-        b = sum(_aligned(shape.rank * shape.inputs) for shape in shapes.values())
+        b = self._first_b = sum(_aligned(s.rank * s.inputs) for s in shapes.values())
         end = b + sum(_aligned(shape.outputs * shape.rank) for shape in shapes.values())
         for module, shape in shapes.items():
             at = end if has_magnitudes else None
@@ -55,6 +55,10 @@ class Layout:
     def ranks(self) -> set[int]:
         """Return the ranks that occur."""
         return {offsets.shape.rank for offsets in self.offsets.values()}
+
+    def parts(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        """Return two views of `flat [size]`: all A, and all others."""
+        return [flat[: self._first_b], flat[self._first_b :]]
 
     def matrices(
         self, flat: torch.Tensor, offsets: MatrixOffsets
