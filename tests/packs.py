@@ -201,6 +201,7 @@ class Wrapped:
         self.inside = inside
         self.max_concurrent = inside.max_concurrent
         self.grows_evenly = inside.grows_evenly
+        self.parameter_bytes = inside.parameter_bytes
         self.adapters: list[Adapter] = []  # those on the base now, oldest first
         self.added: list[Adapter] = []  # all there ever were
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,9 +14,12 @@ import torch
 from tests.llamas import WORDS, base_of, example, examples, items_of, llama, settings
 from tests.packs import QUIET, Lab, Wrapped, quickly
 from tinyllama_lab.core.engines.base import WorkItem
+from tinyllama_lab.core.engines.generate import cache_bytes
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
 from tinyllama_lab.core.engines.peft import PeftEngine
+from tinyllama_lab.core.evaluation.load import Scored, scoring_load
 from tinyllama_lab.core.meter import _container_bytes
+from tinyllama_lab.core.models import lora
 from tinyllama_lab.core.training import memory
 from tinyllama_lab.core.training.memory import (
     HEAP_SLACK,
@@ -42,6 +46,7 @@ class FakeEngine:
     grows_evenly = False
     max_concurrent = None
     checkpointing = False
+    parameter_bytes = 16
 
     def __init__(self) -> None:
         self.wanted: list[bool] = []
@@ -253,13 +258,23 @@ def test_gaps_in_the_heap_grow_with_micro_batches_and_end(monkeypatch: pytest.Mo
 
 
 def test_dropout_takes_masks_and_leaves_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
-    peaks = []
-    for has_dropout in (False, True):
-        made, _ = planner(10**6, monkeypatch)
-        made.has_dropout = has_dropout
-        made.predict([ADAPTER], [300])
-        peaks.append(made.predicted()["memory/predicted_mib"])
-    assert peaks[1] - peaks[0] > 300 * WIDTH * 4 * 8 / MIB  # four tensors of int64
+    widths = {"q_proj": lora.LowRank(7, WIDTH, 2), "down_proj": lora.LowRank(7, 3 * WIDTH, 2)}
+    monkeypatch.setattr(lora, "target_shapes", lambda model, config: widths)
+    kept = 300 * PER_TOKEN + memory.BLOCKS_IN_HAND * 300 * PER_TOKEN / LAYERS
+    masks = 300 * 3 * WIDTH * 4 * 8 / MIB  # of the widest input: four tensors of int64
+
+    def more(gaps: float) -> float:
+        monkeypatch.setattr(memory, "DROPOUT_GAPS", gaps)
+        peaks = []
+        for dropout in (0.0, 0.1):
+            made, _ = planner(10**6, monkeypatch)
+            made.note_dropout(settings(dropout=dropout))
+            made.predict([ADAPTER], [300])
+            peaks.append(made.predicted()["memory/predicted_mib"])
+        return (peaks[1] - peaks[0]) / memory.PEAKS_VARY
+
+    assert more(0.0) == pytest.approx(masks)
+    assert more(0.5) == pytest.approx(masks + 0.5 * (kept + masks))
 
 
 def test_a_gpu_has_no_heap(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -379,3 +394,19 @@ def test_the_limit_of_a_container_counts_without_its_file_cache(
     (tmp_path / "memory.stat").unlink()
     assert _container_bytes(tmp_path) <= free
     assert _container_bytes(tmp_path / "nowhere") == float("inf")
+
+
+@pytest.mark.parametrize("kind", [PackedEngine, PeftEngine])
+def test_only_prompts_that_are_answered_need_a_cache(kind: Any) -> None:
+    base = base_of(llama())
+    counts = {"generations": 2, "max_new_tokens": 10, "latency_tokens": 4, "latency_batch": 3}
+    evaluation: Any = SimpleNamespace(**counts)
+    lengths = (5, 7, 6, 900)  # the last is neither answered nor timed
+    rows = [replace(row, prompt_ids=row.ids) for row in examples(lengths)]
+    engine = kind(base)
+    adapters = [engine.add(settings(r=2), 0)] if kind is PeftEngine else [object(), object()]
+    scored = [Scored(each, rows, [], evaluation) for each in (None, *adapters)]
+    load = scoring_load(base, engine, scored, 2000)
+    together = 2 * len(scored) if kind is PackedEngine else 2  # PEFT answers for one at a time
+    tokens = max(together * (7 + 10), 3 * (7 + 4 + 1))
+    assert load.cache_mib == cache_bytes(base, tokens) / MIB

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from tinyllama_lab.core import resident
 from tinyllama_lab.core.meter import PeakMemory, environment
+from tinyllama_lab.core.resident import KERNEL_CACHES
 from tinyllama_lab.metrics import MIB
 
 CPU = torch.device("cpu")
@@ -46,7 +48,10 @@ def grown_mib(program: str) -> float:
     begin = "import torch, psutil, sys\nfrom tinyllama_lab.core import resident\n"
     begin += "now_mib = lambda: psutil.Process().memory_info().rss / 2**20\n"
     command = [sys.executable, "-c", begin + program]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    # without what an earlier worker of this process has set
+    clean = {name: value for name, value in os.environ.items() if name not in KERNEL_CACHES}
+    done = subprocess.run(command, env=clean, capture_output=True, text=True, check=True)
+    return float(done.stdout)
 
 
 class Heap:

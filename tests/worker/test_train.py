@@ -209,11 +209,12 @@ def test_a_loss_that_is_not_finite_is_reported_and_affects_no_other(
 def test_a_stop_in_the_middle_leaves_every_trainer_as_it_was(packed: Fit) -> None:
     engine = PackedEngine(packed.base)
     trainers = [packed.trainer(engine, {"seed": seed}, str(seed)) for seed in (1, 2)]
-    before = [trainer.adapter.parameters[0].detach().clone() for trainer in trainers]
+    before = [[p.detach().clone() for p in each.adapter.parameters] for each in trainers]
     with pytest.raises(StoppedError):
         train_round(engine, trainers, 1, after(5))
     for trainer, weights in zip(trainers, before, strict=True):
-        (parameter,) = trainer.adapter.parameters
-        assert torch.equal(parameter, weights) and trainer.progress.step == 0
-        assert parameter.grad is not None and not parameter.grad.any()
+        assert trainer.progress.step == 0
+        for parameter, weight in zip(trainer.adapter.parameters, weights, strict=True):
+            assert torch.equal(parameter, weight)
+            assert parameter.grad is not None and not parameter.grad.any()
         assert isinstance(trainer.items()[0], WorkItem)

@@ -65,7 +65,7 @@ class WorkerContext:
         return gpu_tokens(torch.cuda.get_device_properties(self.base.device).total_memory)
 
     def between_batches(self) -> bool:
-        """Return freed memory where there is too much, and whether the worker is to stop."""
+        """Give freed memory back where there is too much; return whether the worker is to stop."""
         self.memory.between_batches()
         return self.stopped()
 

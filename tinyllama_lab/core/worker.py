@@ -84,7 +84,7 @@ def _run_trials(pack: Pack, log: EventLog, stopped: Callable[[], bool]) -> None:
         tasks = tasks_with_data(data, tasks)
         if not tasks and arrivals.closed:
             return
-        kernels = limit_kernels(work.stream.max_concurrent if work.stream else len(tasks))
+        kernels = limit_kernels(len(tasks))
         log.append("phase", name="loading the base")
         base = load_base(model, quant, work.base.precision, hardware.device, data.tokenizer)
     # not earlier, because what loading frees should go back to the system

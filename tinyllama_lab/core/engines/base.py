@@ -80,6 +80,10 @@ class Engine(Protocol[A]):
     max_concurrent: int | None  # how many adapters it can hold; None leaves it to memory
 
     @property
+    def parameter_bytes(self) -> int:
+        """Return the bytes of a trained value: weight, gradient, two moments, and a copy."""
+
+    @property
     def grows_evenly(self) -> bool:
         """Return whether what backward keeps is in proportion to the tokens of a row."""
 

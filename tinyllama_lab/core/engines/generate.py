@@ -30,6 +30,11 @@ def head_size(config: Any) -> int:
     )
 
 
+def inner_size(config: Any) -> int:
+    """Return the width inside the MLP; GPT-2 leaves it out."""
+    return int(getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
+
+
 class _DrawnToken(LogitsProcessor):
     """Masks all tokens except the drawn one, so that greedy search takes it."""
 

@@ -82,6 +82,7 @@ class PeftEngine:
     """Runs at most one adapter at a time in transformers' own forward pass."""
 
     max_concurrent: int | None = 1
+    parameter_bytes = ADAPTER_BYTES
     grows_evenly = False  # some memory is kept once, however many tokens there are
 
     def __init__(self, base: Base) -> None:
@@ -101,7 +102,7 @@ class PeftEngine:
 
     def adapter_mib(self, config: LoraConfig) -> float:
         """Return the MiB of weights, gradients and moments, all in float32."""
-        return lora.count_parameters(self._base.model, config) * ADAPTER_BYTES / MIB
+        return lora.count_parameters(self._base.model, config) * self.parameter_bytes / MIB
 
     def groups(self, items: Sequence[WorkItem[PeftAdapter]]) -> list[list[WorkItem[PeftAdapter]]]:
         """Return one group per adapter, because only one is on the base at a time."""

@@ -10,6 +10,7 @@ from tinyllama_lab.config.schema import EvalConfig
 from tinyllama_lab.core.dataset.dataset import Example
 from tinyllama_lab.core.engines.base import Engine, WorkItem
 from tinyllama_lab.core.engines.generate import cache_bytes
+from tinyllama_lab.core.evaluation.latency import prompts
 from tinyllama_lab.core.models.loading import Base
 from tinyllama_lab.metrics import MIB
 
@@ -67,24 +68,24 @@ def _timed(scored: Sequence[Scored], least: bool) -> int:
     for each in scored:
         settings = each.settings
         if settings.latency_tokens:
-            rows = 1 if least else settings.latency_batch
-            tokens.append(rows * (_longest_prompt(each) + settings.latency_tokens + 1))
+            rows = prompts(each.heldout, 1 if least else settings.latency_batch)
+            tokens.append(len(rows) * (_longest_prompt(rows) + settings.latency_tokens + 1))
     return max(tokens)
 
 
 def _generated(engine: Engine[Any], scored: Sequence[Scored], least: bool) -> int:
-    """Return tokens of the largest batch of completions, in which all adapters are together."""
+    """Return tokens of the largest batch of completions; adapters of a group are together."""
     items = [
         WorkItem(each.adapter, example)
         for each in scored
         for example in each.heldout[: each.settings.generations]
     ]
-    if not items:
-        return 0
-    new_tokens = max(each.settings.max_new_tokens for each in scored)
-    rows = 1 if least else min(len(items), engine.max_prompts(items, new_tokens))
-    return rows * (max(map(_longest_prompt, scored)) + new_tokens)
+    new_tokens, tokens = max((s.settings.max_new_tokens for s in scored), default=0), [0]
+    for group in engine.groups(items) if items else ():
+        rows = 1 if least else min(len(group), engine.max_prompts(group, new_tokens))
+        tokens.append(rows * (_longest_prompt([item.example for item in group]) + new_tokens))
+    return max(tokens)
 
 
-def _longest_prompt(scored: Scored) -> int:
-    return max((len(example.prompt_ids) for example in scored.heldout), default=0)
+def _longest_prompt(examples: Sequence[Example]) -> int:
+    return max((len(example.prompt_ids) for example in examples), default=0)

@@ -43,13 +43,13 @@ def example_losses(
     engine: Engine[Any],
     items: Sequence[WorkItem[Any]],
     max_tokens: int,
-    stopped: Callable[[], bool],
+    before_batch: Callable[[], bool],
 ) -> list[float]:
     """Return the summed loss (nats) of every item, in the order of `items`, sorted by adapter."""
     # an engine may reorder the items, for example by length, so losses are kept by item
     loss_by_item: dict[int, float] = {}
     for micro_batch in engine.micro_batches(items, max_tokens):
-        raise_if_stopped(stopped)
+        raise_if_stopped(before_batch)
         losses = engine.example_losses(micro_batch).tolist()
         loss_by_item |= zip(map(id, micro_batch), losses, strict=True)
     return [loss_by_item[id(item)] for item in items]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tinyllama_lab.config.schema import HardwareConfig, QuantConfig, Science, part
+from tinyllama_lab.core.engines.generate import inner_size
 from tinyllama_lab.core.forecast.machine import Machine, gemm_gflops, machine_of
 from tinyllama_lab.core.forecast.packs import Forecaster, Trial
 from tinyllama_lab.core.forecast.rows import Rows, RowSource
@@ -71,7 +72,7 @@ class _Answerer:
         if self.machine.is_gpu or self._hardware.card.name is not None:
             return None
         config, dtype = self.config(science), self.forecaster(science).dtype
-        inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+        inner = inner_size(config)
         key = (config.hidden_size, inner, dtype)
         if key not in self._rates:
             self._rates[key] = gemm_gflops(*key)

@@ -5,20 +5,23 @@ This is the boundary between training and evaluation: no trial becomes done with
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from typing import Any
 
 from tinyllama_lab.core.context import WorkerContext, raise_if_fatal
-from tinyllama_lab.core.engines.base import Adapter, Engine, adapter_bytes
+from tinyllama_lab.core.engines.base import Adapter, Engine
 from tinyllama_lab.core.evaluation.bases import Bases
-from tinyllama_lab.core.evaluation.load import Scored, scoring_load
+from tinyllama_lab.core.evaluation.load import Scored, ScoringLoad, scoring_load
 from tinyllama_lab.core.evaluation.losses import general_examples
 from tinyllama_lab.core.evaluation.run import Subject, score
 from tinyllama_lab.core.training.attempt import Attempt
 from tinyllama_lab.core.training.memory import Planner
 from tinyllama_lab.errors import StoppedError
 from tinyllama_lab.metrics import MIB
+
+logger = logging.getLogger(__name__)
 
 
 def finish(
@@ -27,11 +30,20 @@ def finish(
     bases: Bases,
     adapters: Mapping[Attempt, Adapter],
     planner: Planner,
+    beside_mib: float,
 ) -> None:
     """Score and commit every attempt and remove its adapter; a failure affects one attempt.
 
     The results of the attempts hold the predicted peak of scoring, as far as `planner` knows what
     a token takes.
+
+    Args:
+        context: of the worker.
+        engine: which has the adapters.
+        bases: scores of bases.
+        adapters: of every attempt.
+        planner: which predicts memory.
+        beside_mib: of adapters that still train meanwhile.
 
     Raises:
         StoppedError: the worker was asked to stop.
@@ -39,7 +51,7 @@ def finish(
     begin = time.monotonic()
     with bases.missing([(a.base, a.science) for a in adapters]) as unscored_bases:
         subjects = [attempt.subject(adapter) for attempt, adapter in adapters.items()]
-        predicted = _predicted(context, engine, planner, [*unscored_bases, *subjects])
+        predicted = _predicted(context, engine, planner, [*unscored_bases, *subjects], beside_mib)
         for subject in subjects:
             subject.result.metrics |= predicted
         _score(context, engine, [*unscored_bases, *subjects])
@@ -64,21 +76,37 @@ def finish(
 
 
 def _predicted(
-    context: WorkerContext, engine: Engine[Any], planner: Planner, subjects: list[Subject]
+    context: WorkerContext,
+    engine: Engine[Any],
+    planner: Planner,
+    subjects: list[Subject],
+    beside_mib: float,
 ) -> dict[str, float]:
     """Return the predicted peak of scoring, as a metric in MiB; empty if nothing was trained."""
     if not planner.is_ready:
         return {}
+    try:
+        load = _load(context, engine, subjects)
+    except Exception as error:  # a forecast must not cost the trained adapters
+        raise_if_fatal(error)
+        logger.warning("no forecast of the memory of scoring", exc_info=error)
+        return {}
+    sizes = [
+        subject.adapter.trainable_params * engine.parameter_bytes / MIB
+        for subject in subjects
+        if subject.adapter is not None
+    ]
+    return {"memory/predicted_infer_mib": planner.scoring_mib(sizes, load) + beside_mib}
+
+
+def _load(context: WorkerContext, engine: Engine[Any], subjects: list[Subject]) -> ScoringLoad:
     needs_general = any(subject.settings.general for subject in subjects)
     general = general_examples(context.data) if needs_general else []
     scored = [
         Scored(s.adapter, s.prepared.heldout, general if s.settings.general else [], s.settings)
         for s in subjects
     ]
-    size = adapter_bytes(context.base.dtype)
-    sizes = [s.adapter.trainable_params * size / MIB for s in subjects if s.adapter is not None]
-    load = scoring_load(context.base, engine, scored, 2 * context.micro_batch_tokens)
-    return {"memory/predicted_infer_mib": planner.scoring_mib(sizes, load)}
+    return scoring_load(context.base, engine, scored, 2 * context.micro_batch_tokens)
 
 
 def _score(context: WorkerContext, engine: Engine[Any], subjects: list[Subject]) -> None:

@@ -37,13 +37,19 @@ def train_round(
     engine: Engine[Any],
     trainers: Sequence[AdapterTrainer],
     max_tokens: int,
-    stopped: Callable[[], bool],
+    before_batch: Callable[[], bool],
 ) -> Round:
     """Take one optimizer step with every trainer; the engine decides how to mix their batches.
 
     The gradient of a step is that of the mean loss over all labels of the trainer's own batch,
     however many micro-batches that takes. Trainers share no parameters, so their gradients do
     not mix. The time of the round is divided among the trainers in proportion to their tokens.
+
+    Args:
+        engine: which has the adapters.
+        trainers: of every adapter.
+        max_tokens: of a micro-batch.
+        before_batch: called before every micro-batch; returns whether the worker is to stop.
 
     Raises:
         StoppedError: the worker was asked to stop; no trainer has taken the step.
@@ -54,7 +60,7 @@ def train_round(
     scales = [trainer.scaler.get_scale() for trainer in trainers]
     tokens = sum(len(example.ids) for trainer in trainers for example in trainer.batch)
     try:
-        losses, micro_batches = _accumulate(engine, trainers, scales, max_tokens, stopped)
+        losses, micro_batches = _accumulate(engine, trainers, scales, max_tokens, before_batch)
     except Exception as error:
         # earlier micro-batches have added to the gradients already
         for trainer in trainers:
@@ -85,7 +91,7 @@ def _accumulate(
     trainers: Sequence[AdapterTrainer],
     scales: Sequence[float],
     max_tokens: int,
-    stopped: Callable[[], bool],
+    before_batch: Callable[[], bool],
 ) -> tuple[torch.Tensor, list[int]]:
     """Accumulate every trainer's gradient, times its fp16 scale.
 
@@ -101,7 +107,7 @@ def _accumulate(
     means = torch.zeros(len(trainers), dtype=torch.float64, device=device)
     sizes = []
     for micro_batch in engine.micro_batches(items, max_tokens):
-        raise_if_stopped(stopped)
+        raise_if_stopped(before_batch)
         owners = [index_of[id(item.adapter)] for item in micro_batch]
         # one tensor for both, because every copy to the device has a fixed cost
         weights = torch.tensor(

@@ -12,13 +12,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from tinyllama_lab.config.lora import LoraConfig
 from tinyllama_lab.core.context import WorkerContext
 from tinyllama_lab.core.dataset.dataset import Example
-from tinyllama_lab.core.engines.base import Adapter, Engine, WorkItem, adapter_bytes
+from tinyllama_lab.core.engines.base import Adapter, Engine, WorkItem
+from tinyllama_lab.core.engines.generate import inner_size
 from tinyllama_lab.core.engines.packed.attention import LONGEST_FUSED, LONGEST_KEPT
 from tinyllama_lab.core.engines.packed.head import logits_mib
 from tinyllama_lab.core.evaluation.load import ScoringLoad
-from tinyllama_lab.core.meter import HEAP_GAPS, free_mib, kept_mib
+from tinyllama_lab.core.meter import HEAP_GAPS, free_mib, heap_gaps, kept_mib
+from tinyllama_lab.core.models import lora
 from tinyllama_lab.core.models.heads import has_plain_head
 from tinyllama_lab.core.out_of_memory import is_out_of_memory, unless_out_of_memory
 from tinyllama_lab.core.training.micro_batch import SIZES
@@ -28,7 +31,7 @@ FEWEST_TOKENS = 256  # smaller micro-batches waste more time than a smaller pack
 MEASURED_TOKENS = 256  # of an example, where every token keeps as much
 BLOCKS_IN_HAND = 2  # gradients of the block in backward, in units of its kept activations
 HEAP_SLACK = 1.25  # tensors of changing sizes leave gaps in the C library's heap
-MOST_GAPS = 1.25  # of a step's activations; `PeakMemory` then returns freed memory
+MOST_GAPS = 1.25  # of a step's activations; the most that was measured in long runs
 # in addition, where more is freed than activations
 UNEVEN_GAPS, DROPOUT_GAPS, PEFT_INT8_GAPS = 0.25, 0.5, 1.0
 PEAKS_VARY = 1.01  # the same pack takes a few percent more or less; told is rather too much
@@ -62,7 +65,7 @@ class Planner:
         self._shapes: set[int] = set()  # tokens of the micro-batches so far
         self._scored_shapes: set[int] = set()  # the same in scoring
         self.checkpointing = context.hardware.gradient_checkpointing
-        self.has_dropout = False
+        self._dropout_inputs = 0  # the widest input that adapters mask
         self.max_concurrent: int | None = engine.max_concurrent
         self._fitting_tokens: int | None = None  # of a micro-batch that had to shrink
         self.micro_batch_sizes: list[int] = []  # for which there is memory, if one may be chosen
@@ -184,6 +187,12 @@ class Planner:
         """Return whether an adapter that could not be added may fit once some others have left."""
         return is_out_of_memory(error) and adapters > 0
 
+    def note_dropout(self, config: LoraConfig) -> None:
+        """Count the dropout masks of an adapter that will train; PEFT's are too small to count."""
+        if config.dropout and self._is_packed:
+            shapes = lora.target_shapes(self._context.base.model, config).values()
+            self._dropout_inputs = max(self._dropout_inputs, *(s.inputs for s in shapes))
+
     def pass_over(self, shapes: int) -> None:
         """Count micro-batches of other lengths that are not predicted one by one."""
         self._more_shapes += shapes
@@ -222,7 +231,7 @@ class Planner:
     def scoring_mib(self, adapters: Sequence[float], load: ScoringLoad) -> float:
         """Return the peak of scoring adapters; `adapters` are MiB of each in training."""
         # the two moments of its optimizer are gone
-        share = 1 - 8 / adapter_bytes(self._context.base.dtype)
+        share = 1 - 8 / self._engine.parameter_bytes
         held = self._baseline_mib + share * sum(adapters)
         if self._context.base.device.type != "cpu":
             tokens = max(sum(len(example.ids) for example in batch) for batch in load.batches)
@@ -294,13 +303,12 @@ class Planner:
 
     def _masks_mib(self, tokens: int) -> float:
         """Return MiB of the dropout mask of a module's input, while it is made."""
-        widest = max(self._widths) if self.has_dropout else 0
-        return MASK_BYTES * tokens * widest / MIB
+        return MASK_BYTES * tokens * self._dropout_inputs / MIB
 
     @property
     def _widths(self) -> tuple[int, int]:
         config = self._context.base.model.config
-        return config.hidden_size, getattr(config, "intermediate_size", None) or 0
+        return config.hidden_size, inner_size(config)
 
     def _uneven_gaps(self) -> float:
         """Return what is added to `heap_gaps` where something else is freed in between.
@@ -310,7 +318,7 @@ class Planner:
         """
         if not self._is_packed:
             return PEFT_INT8_GAPS if self._is_int8 else UNEVEN_GAPS
-        if self.has_dropout:
+        if self._dropout_inputs:
             return DROPOUT_GAPS
         is_long = self._longest_tokens > LONGEST_KEPT
         return UNEVEN_GAPS if self._is_quantized or is_long else 0.0
@@ -333,8 +341,7 @@ class Planner:
 
     def _libraries_mib(self, adapters: Sequence[float]) -> float:
         """Return MiB of libraries and their kernels, and of the last initial values."""
-        base = self._context.base
-        initial = max(adapters, default=0.0) * INITIAL_BYTES / adapter_bytes(base.dtype)
+        initial = max(adapters, default=0.0) * INITIAL_BYTES / self._engine.parameter_bytes
         kept = KERNEL_MIB * self._context.kernels
         shapes = self._shape_count + len(self._scored_shapes - self._shapes)
         kernels = min(SHAPE_KERNELS_MIB * shapes, kept)
@@ -383,16 +390,3 @@ class Planner:
             inputs = tokens * layers * base.model.config.hidden_size * base.dtype.itemsize / MIB
             kept = block + inputs
         return kept, block
-
-
-def heap_gaps(in_step: int, shapes: int) -> float:
-    """Return the share of a step's activations that gaps in the heap take in addition.
-
-    Micro-batches differ in their lengths, and what one has freed rarely fits the next. Measured in
-    packs of SmolLM2 on one Xeon; docs/plan.md has the errors.
-
-    Args:
-        in_step: micro-batches of the step; after each step all gaps join.
-        shapes: lengths of micro-batches that differ, over all steps so far.
-    """
-    return max(0.0, (0.0 if in_step > 1 else -0.2) + 0.28 * math.log2(shapes))

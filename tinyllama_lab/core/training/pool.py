@@ -76,7 +76,15 @@ class Pool:
                 # scoring is shared, so it waits for more adapters unless they keep trials waiting
                 if self._trained and (not self._training or self._is_crowded()):
                     trained = dict(self._trained)
-                    finish(self._context, self._engine, self._bases, trained, self._planner)
+                    beside_mib = sum(member.adapter_mib for member in self._training)
+                    finish(
+                        self._context,
+                        self._engine,
+                        self._bases,
+                        trained,
+                        self._planner,
+                        beside_mib,
+                    )
                     self._trained.clear()
                 self._waiting.extend(arriving())
         except StoppedError:
@@ -169,7 +177,7 @@ class Pool:
         # assume that later trials of the stream are as large as the largest
         if self._context.stream is not None and self._engine.max_concurrent is None:
             sizes += [max(sizes)] * (self._context.stream.max_concurrent - len(sizes))
-        self._planner.has_dropout |= science.lora.dropout > 0
+        self._planner.note_dropout(science.lora)
         adapter = self._engine.add(science.lora, science.seed)
         try:
             # once, with the first adapter: the memory of others is computed from their sizes

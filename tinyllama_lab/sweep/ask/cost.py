@@ -100,7 +100,7 @@ def known_costs(
         tokens,
         source,
         median(speeds) if speeds else None,
-        f"median of {counted(len(speeds), 'earlier trial')} on this machine",
+        f"from the median of {counted(len(speeds), 'earlier trial')} on this machine",
         dict(_adapter_sizes(of_base)),
         max(peaks, default=None),
         median(scorings) if (scorings := [*_scorings(same_machine)]) else None,

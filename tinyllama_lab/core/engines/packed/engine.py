@@ -104,13 +104,17 @@ class PackedEngine:
         _, settings, initial = self._last_initial
         return copy.deepcopy(settings), initial
 
+    @property
+    def parameter_bytes(self) -> int:
+        """Return the bytes of a trained value."""
+        return adapter_bytes(self._base.dtype)
+
     def adapter_mib(self, config: LoraConfig) -> float:
         """Return the MiB of an adapter in training.
 
         These are weights, gradients and moments in float32, and copies in the base's dtype.
         """
-        parameters = lora.count_parameters(self._base.model, config)
-        return parameters * adapter_bytes(self._base.dtype) / MIB
+        return lora.count_parameters(self._base.model, config) * self.parameter_bytes / MIB
 
     def groups(
         self, items: Sequence[WorkItem[PackedAdapter]]
