@@ -99,6 +99,7 @@ def settings(**changes: Any) -> LoraConfig:
         targets="all_linear",
         layers="all",
         rank_pattern=None,
+        init="default",
         variant="lora",
     )
     return LoraConfig(**plain | changes)

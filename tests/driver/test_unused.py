@@ -243,7 +243,7 @@ ALWAYS = {
     *(f"data.columns.{name}" for name in ("messages", "text", "system", "tools", "intent")),
     *("data.columns.split", "data.columns.group"),
     *(f"lora.{name}" for name in ("r", "alpha", "dropout", "targets", "layers")),
-    *("lora.rank_pattern", "lora.variant"),
+    *("lora.rank_pattern", "lora.init", "lora.variant"),
     *("quant.kind", "quant.double", "seed"),
     *("train.max_steps", "train.batch_size", "train.lr", "train.schedule", "train.warmup_ratio"),
     *("train.loraplus_ratio",),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from tinyllama_lab.config.targets import EXPRESSION, LAYERS, TARGET_GROUPS, expression_of
 from tinyllama_lab.config.validate import rule
-from tinyllama_lab.config.variants import VARIANTS
+from tinyllama_lab.config.variants import INITIALISATIONS, VARIANTS
 
 HIGHEST_RANK = 1024
 TARGETS = (*TARGET_GROUPS, "all_linear")
@@ -29,6 +29,7 @@ class LoraConfig:
     rank_pattern: dict[str, int] | None = rule(
         least=1, most=HIGHEST_RANK, example="{down_proj: 16}"
     )
+    init: str = rule(choices=tuple(INITIALISATIONS))
     variant: str = rule(choices=tuple(VARIANTS), recipe="A LoRA variant")
 
     def problems(self) -> Iterator[str]:
@@ -42,6 +43,16 @@ class LoraConfig:
             )
         if self.layers == []:
             yield "lora.layers must name at least one layer, got []; set lora.layers=all"
+        if self.init == "orthogonal" and any(rank % 2 for rank in self.ranks):
+            yield (
+                "lora.r and lora.rank_pattern must be even when lora.init=orthogonal, "
+                f"got {', '.join(map(str, sorted(self.ranks)))}; set lora.init=gaussian"
+            )
+        if self.shifts_base and VARIANTS[self.variant].trains_magnitudes:
+            yield (
+                f"lora.init={self.init} takes the first B @ A out of the base, whose norms "
+                f"lora.variant={self.variant} needs; set lora.init=default"
+            )
         expression = expression_of(self.targets) if isinstance(self.targets, str) else None
         if expression is not None and self.layers != "all":
             yield (
@@ -53,9 +64,19 @@ class LoraConfig:
             yield from (problem for text in texts if text and (problem := _unusable(name, text)))
 
     @property
-    def highest_rank(self) -> int:
-        """The highest rank that a module has."""
-        return max([self.r, *(self.rank_pattern or {}).values()])
+    def ranks(self) -> set[int]:
+        """The ranks that modules have."""
+        return {self.r, *(self.rank_pattern or {}).values()}
+
+    @property
+    def shifts_base(self) -> bool:
+        """Whether the adapter begins with a B @ A that is not zero."""
+        return INITIALISATIONS[self.init].shifts_base
+
+    @property
+    def saved_rank(self) -> int:
+        """The highest rank in the saved file, which holds trained and first matrices."""
+        return max(self.ranks) * (2 if self.shifts_base else 1)
 
     @property
     def scale_alpha(self) -> float:
@@ -72,6 +93,7 @@ def plain_lora(r: int, targets: str) -> LoraConfig:
         targets=targets,
         layers="all",
         rank_pattern=None,
+        init="default",
         variant="lora",
     )
 

@@ -311,9 +311,14 @@ class Config(Science):
     plan: PlanConfig
 
     def problems(self) -> Iterator[str]:
-        """Yield the settings that contradict each other: the study's name becomes a folder."""
+        """Yield the settings that contradict each other; the study's name becomes a folder."""
         if problem := _study_problem(self.study):
             yield problem
+        if self.lora.shifts_base and self.quant.kind != "none":
+            yield (
+                f"lora.init={self.lora.init} takes the first B @ A out of the base's weights, "
+                f"which quant={self.quant.kind} has rounded; set quant=none, or lora.init=default"
+            )
 
 
 def load(raw: Mapping[str, Any]) -> Config:

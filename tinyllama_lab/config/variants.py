@@ -1,6 +1,6 @@
-"""The variants of LoRA that `lora.variant` may name; driver and worker read them here.
+"""The values of `lora.variant` and `lora.init`; driver and worker read them here.
 
-A new variant that PEFT knows needs one more entry, and its name in `conf/lora/default.yaml`.
+A new one that PEFT knows needs one more entry, and its name in `conf/lora/default.yaml`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,22 @@ class Variant:
     reads_weights: bool = False  # before the first matmul, which is what quantizes int8 on a CPU
 
 
+@dataclass(frozen=True)
+class Initialisation:
+    """How the first values of A and B are chosen."""
+
+    peft: bool | str  # `init_lora_weights` of `peft.LoraConfig`
+    # B @ A is not zero: PEFT takes it out of the base's weights, a pack keeps it as a frozen pair
+    shifts_base: bool = False
+
+
+INITIALISATIONS = {
+    "default": Initialisation(True),  # A uniform, B zero: arXiv 2106.09685
+    "gaussian": Initialisation("gaussian"),
+    "orthogonal": Initialisation("orthogonal"),
+    "pissa": Initialisation("pissa_niter_16", shifts_base=True),  # arXiv 2404.02948
+    "olora": Initialisation("olora", shifts_base=True),  # arXiv 2406.01775
+}
 VARIANTS = {
     "lora": Variant(),  # arXiv 2106.09685
     "rslora": Variant({"use_rslora": True}),  # arXiv 2312.03732

@@ -36,6 +36,7 @@ NEUTRAL: dict[str, Any] = {
     "data.columns.group": None,
     "train.loraplus_ratio": None,
     "lora.layers": "all",
+    "lora.init": "default",
     "lora.rank_pattern": None,
     "eval.general": False,
     "eval.rows": "heldout",

@@ -180,17 +180,18 @@ class Forecaster:
 
     def _size(self, lora: LoraConfig) -> tuple[int, float]:
         count = adapters.count_parameters(self._base.model, lora)
+        stored = count * (2 if lora.shifts_base else 1)
         shapes = adapters.target_shapes(self._base.model, lora)
         header = {
             f"base_model.model.{name}.lora_{part}.weight": {
                 "dtype": "F32",
                 "shape": [shape.rank, shape.outputs],
-                "data_offsets": [count, count],
+                "data_offsets": [stored, stored],
             }
             for name, shape in shapes.items()
             for part in "AB"
         }
-        return count, (4 * count + len(json.dumps(header, separators=(",", ":")))) / MIB
+        return count, (4 * stored + len(json.dumps(header, separators=(",", ":")))) / MIB
 
     def forecast(self, trials: Sequence[Trial]) -> PackForecast:
         """Return what a pack will need."""
@@ -371,5 +372,7 @@ def _of_any_layer(lora: LoraConfig) -> LoraConfig:
         targets = sorted(leaves)
     elif expression_of(targets) is not None:
         targets = "all_linear"
-    rank = lora.highest_rank
-    return replace(lora, layers="all", targets=targets, r=rank, rank_pattern=None)
+    # the frozen pair of a shifted initialisation keeps as much as a second adapter
+    return replace(
+        lora, layers="all", targets=targets, r=lora.saved_rank, rank_pattern=None, init="default"
+    )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tinyllama_lab.config.lora import LoraConfig
 from tinyllama_lab.config.targets import expression_of, group_names, layer_numbers
-from tinyllama_lab.config.variants import VARIANTS
+from tinyllama_lab.config.variants import INITIALISATIONS, VARIANTS
 from tinyllama_lab.core.models.quiet import no_peft_deprecation
 from tinyllama_lab.errors import ModelError
 from tinyllama_lab.study.trial import ADAPTER_WEIGHTS
@@ -63,6 +65,7 @@ def peft_config(model: PreTrainedModel, lora: LoraConfig) -> peft.LoraConfig:
         if lora.variant == "rslora"
         else {name: _short(lora.scale_alpha * rank / lora.r) for name, rank in ranks.items()}
     )
+    first: Any = INITIALISATIONS[lora.init].peft  # PEFT's type lists words of its documentation
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,
@@ -73,6 +76,7 @@ def peft_config(model: PreTrainedModel, lora: LoraConfig) -> peft.LoraConfig:
         rank_pattern=dict(ranks),
         alpha_pattern=alphas,
         bias="none",
+        init_lora_weights=first,
         **VARIANTS[lora.variant].peft,
     )
     _check_matches(model, linear, lora, config)
@@ -139,6 +143,11 @@ def _check_matches(
             "lora.targets must match linear layers that lie before the head, got "
             f"{lora.targets!r}, which matches {others[0]}"
         )
+    if lora.init == "olora" and any(isinstance(linear[name], Conv1D) for name in matched):
+        raise ModelError(
+            "lora.init=olora needs layers of the kind nn.Linear, got Conv1D, for which PEFT has "
+            "no OLoRA; set lora.init=pissa"
+        )
     if not matched:
         raise ModelError(
             f"lora.targets and lora.layers must match linear layers, got {lora.targets!r} and "
@@ -184,6 +193,71 @@ def attach(model: PreTrainedModel, lora: LoraConfig, seed: int) -> peft.PeftMode
     revision = getattr(model.config, "_commit_hash", None)  # of the base, for AutoPeftModel
     with no_peft_deprecation():
         return peft.get_peft_model(model, config, revision=revision)
+
+
+def first_values(
+    model: PreTrainedModel, lora: LoraConfig, seed: int
+) -> tuple[peft.LoraConfig, dict[str, torch.Tensor]]:
+    """Return PEFT's settings of an adapter, and its first values by the names of its file.
+
+    The values are float32 on the CPU. The base stays as it was.
+    """
+    if lora.shifts_base:
+        return _first_values_apart(model, lora, seed)
+    adapted = attach(model, lora, seed)
+    try:
+        values, config = _values(adapted), adapted.peft_config["default"]
+    finally:
+        detach(adapted)
+    assert isinstance(config, peft.LoraConfig)
+    return config, values
+
+
+def _values(adapted: Any) -> dict[str, torch.Tensor]:
+    # without the argument PEFT asks the hub whether the base's vocabulary was changed
+    values = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    # on the host, where they take nothing of a GPU's memory
+    return {name: value.float().cpu() for name, value in values.items()}
+
+
+def _first_values_apart(
+    model: PreTrainedModel, lora: LoraConfig, seed: int
+) -> tuple[peft.LoraConfig, dict[str, torch.Tensor]]:
+    """Return the same where PEFT changes the weights: of a copy, one module at a time."""
+    config, found = peft_config(model, lora), {}
+    torch.manual_seed(seed)
+    for name, shape in target_shapes(model, lora).items():
+        holder = nn.Module()
+        alone = replace(
+            config,
+            target_modules=["it"],
+            layers_to_transform=None,
+            r=shape.rank,
+            lora_alpha=of_module(config.alpha_pattern, name, config.lora_alpha),
+            rank_pattern={},
+            alpha_pattern={},
+        )
+        holder.it = copy.deepcopy(model.get_submodule(name))
+        for key, value in _values(peft.inject_adapter_in_model(alone, holder)).items():
+            found[f"base_model.model.{name}{key.removeprefix('it')}"] = value
+    return config, found
+
+
+def doubled(config: peft.LoraConfig) -> peft.LoraConfig:
+    """Return the settings of an adapter that holds trained and first matrices.
+
+    These are what PEFT writes when it converts PiSSA or OLoRA to LoRA: twice the ranks, at the
+    same scale.
+    """
+    converted, more = copy.deepcopy(config), 2**0.5 if config.use_rslora else 2
+    converted.init_lora_weights = True
+    converted.r *= 2
+    converted.lora_alpha = _short(float(config.lora_alpha * more))
+    converted.rank_pattern = {key: 2 * rank for key, rank in (config.rank_pattern or {}).items()}
+    converted.alpha_pattern = {
+        key: _short(float(more * alpha)) for key, alpha in (config.alpha_pattern or {}).items()
+    }
+    return converted
 
 
 def attach_saved(model: PreTrainedModel, folder: Path) -> peft.PeftModel:

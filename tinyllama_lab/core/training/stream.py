@@ -123,18 +123,29 @@ def split_by_engine(
     for attempt in attempts:
         try:
             lora.peft_config(base.model, attempt.science.lora)
+            why = VARIANTS[attempt.science.lora.variant].not_packed or reason
             _check_weights(base, attempt)
+            _check_init(attempt, why)
         except ModelError as error:
             attempt.fail(error)
             continue
         if note := lora.left_out(base.model, attempt.science.lora):
             attempt.log.append("note", text=note)
-        why = VARIANTS[attempt.science.lora.variant].not_packed or reason
         if why:
             attempt.log.append("note", text=f"trains one adapter at a time, not in a pack: {why}")
         attempt.result.environment["engine"] = engine if why is None else f"peft ({why})"
         (unpacked if why else packed).append(attempt)
     return packed, unpacked
+
+
+def _check_init(attempt: Attempt, why_not_packed: str | None) -> None:
+    """Refuse first values that PEFT takes out of the weights, which other trials share."""
+    settings = attempt.science.lora
+    if settings.shifts_base and why_not_packed:
+        raise ModelError(
+            f"lora.init={settings.init} needs adapters that can be packed, got a base where they "
+            f"cannot ({why_not_packed}); set lora.init=default"
+        )
 
 
 def _check_weights(base: Base, attempt: Attempt) -> None:

@@ -191,7 +191,7 @@ def vllm_command(service: Service, served: Sequence[Selection]) -> str:
     plain = [(each, lora) for each, lora in loras if not VARIANTS[lora.variant].trains_magnitudes]
     if not plain:
         return ""
-    highest = max(lora.highest_rank for _, lora in plain)
+    highest = max(lora.saved_rank for _, lora in plain)
     rank = next((r for r in _VLLM_RANKS if r >= highest), highest)
     adapters = [f"{each.label}={each.trial.row.trial.adapter_dir}" for each, _ in plain]
     base = str(service.assistant.base.model.name_or_path)

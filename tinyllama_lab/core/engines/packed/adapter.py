@@ -22,12 +22,12 @@ class Pairs:
     """The matrices of modules with the same input and rank, in the dtype of the matmuls.
 
     The A of all modules form one matrix, so that one matmul with the input serves all of them.
-    Gradients accumulate in float32.
+    Gradients accumulate in float32. Pairs without gradients are frozen.
     """
 
     modules: list[str]
     a: torch.Tensor  # [modules * rank, inputs], in the dtype that the base computes in
-    grad_a: torch.Tensor
+    grad_a: torch.Tensor | None
     b: list[torch.Tensor]  # [outputs, rank] each
     grad_b: list[torch.Tensor]
     rank: int
@@ -82,6 +82,8 @@ class PackedAdapter:
         self._parts = [nn.Parameter(part) for part in layout.parts(self.flat)]
         for part, gradient in zip(self._parts, layout.parts(storage.gradients), strict=True):
             part.grad = gradient
+        # the first matrices, in the base's dtype, where the adapter is what it learned beyond them
+        self._first: torch.Tensor | None = None
         self._norms: dict[str, torch.Tensor] = {}  # of the weights of DoRA's modules, by name
         self.updated()
         self.row: torch.Tensor | None = None  # of the table that the kernels on a GPU read
@@ -112,13 +114,24 @@ class PackedAdapter:
     def use_kernels(self, numbers: dict[str, int]) -> None:
         """Let the kernels on a GPU take this adapter; `numbers` are those of all modules.
 
-        They know one rank of an adapter and no magnitudes. Others go without them.
+        They know one rank of an adapter, no magnitudes and no frozen pairs. Others go without
+        them.
         """
-        if len(self.layout.ranks) > 1 or self.layout.has_magnitudes:
+        if len(self.layout.ranks) > 1 or self.layout.has_magnitudes or self._first is not None:
             return
         scaling = self._scaling(next(iter(self.layout.offsets)))
         self.row = table_row(self.layout, numbers, self.compute_weights, self.gradients, scaling)
         self.module_numbers = frozenset(numbers[name] for name in self.layout.offsets)
+
+    def keep_first(self, values: dict[str, torch.Tensor]) -> None:
+        """Take the product of these matrices out of the adapter's, as a frozen pair.
+
+        So adapters that PEFT takes out of the base's weights share that base in a pack.
+        """
+        first = torch.zeros_like(self._storage.compute_weights)
+        self.layout.fill(first, values)
+        self._first = first
+        self._pairs.clear()
 
     def freeze(self) -> None:
         """Free what only training needs: gradients, and float32 weights that are only updated."""
@@ -181,6 +194,22 @@ class PackedAdapter:
             self._magnitudes(gradients, neighbours),
         )
 
+    def first_pairs(self, modules: Sequence[str]) -> list[Pairs]:
+        """Return the frozen pairs on `modules`; none unless `keep_first` was called."""
+        if self._first is None:
+            return []
+        key = f"first {modules[0]}", False
+        if key not in self._pairs:
+            self._pairs[key] = [self._frozen(pairs) for pairs in self.pairs(modules)]
+        return self._pairs[key]
+
+    def _frozen(self, trained: Pairs) -> Pairs:
+        assert self._first is not None
+        offsets = [self.layout.offsets[name] for name in trained.modules]
+        b = [self.layout.matrices(self._first, each)[1] for each in offsets]
+        a, scaling = self.layout.joint(self._first, offsets), -trained.scaling
+        return Pairs(trained.modules, a, None, b, [], trained.rank, scaling, [], [])
+
     def _magnitudes(
         self, flat: torch.Tensor, neighbours: Sequence[MatrixOffsets]
     ) -> list[torch.Tensor]:
@@ -216,18 +245,35 @@ class PackedAdapter:
     def save(self, folder: Path) -> None:
         """Write the folder that PEFT's own `save_pretrained` would write."""
         folder.mkdir(parents=True, exist_ok=True)
-        named = self.layout.split(self.flat)
+        named, config = self.layout.split(self.flat), self.config
+        if self._first is not None:
+            named, config = self._with_first(named), lora.doubled(config)
         matrices = {name: matrix.cpu().contiguous() for name, matrix in named.items()}
         save_file(matrices, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         # PEFT's `save_pretrained` sets this too
-        self.config.inference_mode = True
-        lora.sort_targets(self.config)
-        self.config.save_pretrained(str(folder))
+        config.inference_mode = True
+        lora.sort_targets(config)
+        config.save_pretrained(str(folder))
+
+    def _with_first(self, named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return `[A; A first]` and `[B, -B first]`, whose product is what was learned."""
+        assert self._first is not None
+        joined = {}
+        for name, first in self.layout.split(self._first.float()).items():
+            is_a = ".lora_A." in name
+            joined[name] = torch.cat([named[name], first if is_a else -first], 0 if is_a else 1)
+        return joined
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
         """Load the values that `save` wrote."""
-        self.layout.fill(self.flat.zero_(), load_file(folder / ADAPTER_WEIGHTS))
+        named = load_file(folder / ADAPTER_WEIGHTS)
+        if self._first is not None:
+            halves = {n: v.chunk(2, 0 if ".lora_A." in n else 1) for n, v in named.items()}
+            named = {name: trained for name, (trained, _) in halves.items()}
+            first = {n: f if ".lora_A." in n else -f for n, (_, f) in halves.items()}
+            self.layout.fill(self._first, first)
+        self.layout.fill(self.flat.zero_(), named)
         self.updated()
 
 

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import peft
 import torch
 
 from tinyllama_lab.config.lora import LoraConfig
@@ -78,6 +77,8 @@ class PackedEngine:
         layout = Layout(_shapes(initial), VARIANTS[config.variant].trains_magnitudes)
         storage = Storage.new(layout.size, self._base.dtype, self._base.device)
         adapter = PackedAdapter(layout, storage, settings, initial, seed)
+        if config.shifts_base:
+            adapter.keep_first(initial)
         if self._triton:
             adapter.use_kernels(self.model.module_numbers)
         return adapter
@@ -90,16 +91,7 @@ class PackedEngine:
         """
         if self._last_initial is None or self._last_initial[0] != (config, seed):
             # through PEFT, so that an adapter begins with the values that it would have there
-            adapted = lora.attach(self._base.model, config, seed)
-            try:
-                # without the argument PEFT asks the hub whether the base's vocabulary was changed
-                values = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
-                # on the host, where they take nothing of a GPU's memory
-                initial = {name: value.float().cpu() for name, value in values.items()}
-                settings: Any = adapted.peft_config["default"]
-            finally:
-                # only PEFT's initial values are used: the base runs without its modules
-                lora.detach(adapted)
+            settings, initial = lora.first_values(self._base.model, config, seed)
             self._last_initial = (config, seed), settings, initial
         _, settings, initial = self._last_initial
         return copy.deepcopy(settings), initial
@@ -114,7 +106,9 @@ class PackedEngine:
 
         These are weights, gradients and moments in float32, and copies in the base's dtype.
         """
-        return lora.count_parameters(self._base.model, config) * self.parameter_bytes / MIB
+        first_bytes = self._base.dtype.itemsize if config.shifts_base else 0
+        parameters = lora.count_parameters(self._base.model, config)
+        return parameters * (self.parameter_bytes + first_bytes) / MIB
 
     def groups(
         self, items: Sequence[WorkItem[PackedAdapter]]

@@ -172,6 +172,10 @@ class PackedLinear:
                 columns = [self._columns[name] for name in pairs.modules]
                 ranks = [slice(n * pairs.rank, (n + 1) * pairs.rank) for n in range(len(columns))]
                 yield Part(span.adapter, pairs, rows, columns, ranks, dropout_mask)
+            for pairs in span.adapter.first_pairs(self._modules):
+                columns = [self._columns[name] for name in pairs.modules]
+                ranks = [slice(n * pairs.rank, (n + 1) * pairs.rank) for n in range(len(columns))]
+                yield Part(span.adapter, pairs, rows, columns, ranks, None)
 
 
 class _Apply(torch.autograd.Function):
@@ -221,8 +225,10 @@ def _add_gradients(
     pairs, outer, grad_h = part.pairs, grad[part.rows], torch.empty_like(h)
     for number, (columns, ranks) in enumerate(zip(part.columns, part.ranks, strict=True)):
         _project(outer[:, columns], pairs.b[number], part.pairs.scaling, grad_h[:, ranks])
-        _reduce(pairs.grad_b[number].T, h[:, ranks], outer[:, columns], part.pairs.scaling)
-    _reduce(pairs.grad_a, grad_h, _masked(x, part), 1.0)
+        if pairs.grad_b:
+            _reduce(pairs.grad_b[number].T, h[:, ranks], outer[:, columns], part.pairs.scaling)
+    if pairs.grad_a is not None:
+        _reduce(pairs.grad_a, grad_h, _masked(x, part), 1.0)
     if part.dropout is None:
         _expand(grad_x[part.rows], grad_h, pairs.a, 1.0)
     else:
