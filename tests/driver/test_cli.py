@@ -360,9 +360,10 @@ def test_a_gpt2_goes_from_the_command_to_an_adapter_that_opens_anywhere(
         gpt2(tmp_path / "models" / name, tiny.folder(), seed)
     small = [text for text in grid.SMALL if not text.startswith("model=")]
     typed = (*small, "model=local", "tracking=none", "study=g", "hardware.threads=1")
-    ended = command(tmp_path, *typed, "model.path=models/first", "lora.targets=attention")
+    ended = command(tmp_path, *typed, "model.path=models/first", "lora.targets=[q_proj]")
     assert ended.code == 2 and "first has c_attn, c_fc, c_proj; set lora.targets=" in ended.error
-    ended = command(tmp_path, "-m", *typed, "model.path=models/first,models/second", "lora.r=2,4")
+    swept = ("model.path=models/first,models/second", "lora.r=2,4", "lora.targets=attention")
+    ended = command(tmp_path, "-m", *typed, *swept)
     assert ended.code == 0, ended.error + ended.out
     assert "the model is swept: trials on different base models" in ended.out
     study = StudyFolder(tmp_path / "sweeps", "g")
