@@ -34,16 +34,8 @@ def finish(
 ) -> None:
     """Score and commit every attempt and remove its adapter; a failure affects one attempt.
 
-    The results of the attempts hold the predicted peak of scoring, as far as `planner` knows what
-    a token takes.
-
-    Args:
-        context: of the worker.
-        engine: which has the adapters.
-        bases: scores of bases.
-        adapters: of every attempt.
-        planner: which predicts memory.
-        beside_mib: of adapters that still train meanwhile.
+    The results hold the predicted peak of scoring, with `beside_mib` of adapters that still train,
+    as far as `planner` knows what a token takes.
 
     Raises:
         StoppedError: the worker was asked to stop.

@@ -44,12 +44,7 @@ def train_round(
     The gradient of a step is that of the mean loss over all labels of the trainer's own batch,
     however many micro-batches that takes. Trainers share no parameters, so their gradients do
     not mix. The time of the round is divided among the trainers in proportion to their tokens.
-
-    Args:
-        engine: which has the adapters.
-        trainers: of every adapter.
-        max_tokens: of a micro-batch.
-        before_batch: called before every micro-batch; returns whether the worker is to stop.
+    `before_batch` is called before every micro-batch, and says whether the worker is to stop.
 
     Raises:
         StoppedError: the worker was asked to stop; no trainer has taken the step.
