@@ -36,7 +36,8 @@ def key_of_then(config: dict[str, Any]) -> str:
         del science["eval"][name]
     for name in ("text", "system", "tools", "group"):
         del science["data"]["columns"][name]
-    science["train"].pop("loraplus_ratio", None)
+    for name in ("loraplus_ratio", "label_smoothing"):
+        science["train"].pop(name, None)
     for name in ("layers", "rank_pattern", "init"):
         (science["lora"] or {}).pop(name, None)  # a base has no adapter
     spelled = json.dumps(science, sort_keys=True, separators=(",", ":"), ensure_ascii=False)

@@ -65,6 +65,27 @@ def test_losses_and_gradients_are_those_of_each_adapter_alone(name: str, recompu
             assert apart <= APART.get(name, 1e-5), key
 
 
+@pytest.mark.parametrize("name", ["qwen3", "gemma2", "granite"])
+def test_smoothed_labels_are_those_of_each_adapter_alone(name: str) -> None:
+    """With a head that computes plain logits, and with one that caps or scales them."""
+    model, rows = decoder(name), examples((30, 9))
+    found = {}
+    for kind in (PackedEngine, PeftEngine):
+        engine: Any = kind(base_of(model))
+        adapter = engine.add(settings(), 0)
+        make_b_random(adapter)
+        plain = [engine.example_losses([WorkItem(adapter, row)]) for row in rows]
+        smooth = [engine.example_losses([WorkItem(adapter, row, (), 0.1)]) for row in rows]
+        torch.cat(smooth).sum().backward()
+        found[kind] = torch.cat(smooth).detach(), gradients(adapter)
+        assert not torch.allclose(found[kind][0], torch.cat(plain), rtol=1e-3)
+        engine.remove(adapter)
+    (losses, matrices), (expected, of_matrices) = found[PackedEngine], found[PeftEngine]
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
+    for key, matrix in matrices.items():
+        assert (matrix - of_matrices[key]).norm() <= 5e-5 * of_matrices[key].norm(), key
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_generations_are_those_of_transformers_with_its_cache(name: str) -> None:
     model = decoder(name)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file
+from transformers.trainer_pt_utils import LabelSmoother
 
 from tests.llamas import base_of, example, llama
 from tests.packs import QUIET, Lab, Wrapped, losses, quickly, result, same_bits, train_all, weights
@@ -25,13 +26,14 @@ from tinyllama_lab.core.training.adapter_trainer import AdapterTrainer
 from tinyllama_lab.core.training.step_schedule import batches, lr_factor
 from tinyllama_lab.study.trial import State, TrialFolder
 
-SIX: list[dict[str, Any]] = [
+SEVEN: list[dict[str, Any]] = [
     {"lora.r": 2, "lora.targets": "attention_qv", "train.lr": 3e-3, "seed": 1},
     {"lora.r": 8, "lora.variant": "rslora", "train.lr": 1e-3, "train.schedule": "linear"},
     {"lora.r": 4, "lora.targets": "mlp", "train.lr": 2e-2, "train.weight_decay": 0.5},
     {"lora.r": 3, "lora.variant": "dora", "train.lr": 5e-3},
     {"lora.r": 4, "train.lr": 1e-3, "train.loraplus_ratio": 8},
     {"lora.r": 2, "lora.variant": "dora", "train.lr": 1e-3, "train.loraplus_ratio": 4},
+    {"lora.r": 4, "train.lr": 3e-3, "train.label_smoothing": 0.1},
 ]
 EIGHT: list[dict[str, Any]] = [
     {"lora.r": 1, "train.max_steps": 5},
@@ -51,7 +53,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     quickly(monkeypatch)
 
 
-def batch_loss(model: Any, chosen: Sequence[Example]) -> torch.Tensor:
+def batch_loss(model: Any, chosen: Sequence[Example], smoothing: float) -> torch.Tensor:
     """Return the mean cross entropy of all labels of a padded batch, by transformers."""
     longest = max(len(one.ids) for one in chosen)
     ids = torch.zeros(len(chosen), longest, dtype=torch.long)
@@ -60,7 +62,12 @@ def batch_loss(model: Any, chosen: Sequence[Example]) -> torch.Tensor:
         ids[row, : len(one.ids)] = torch.tensor(one.ids)
         labelled = torch.where(torch.tensor(one.loss_mask), torch.tensor(one.ids), -100)
         labels[row, : len(one.ids)] = labelled
-    loss: torch.Tensor = model(input_ids=ids, labels=labels).loss
+    output = model(input_ids=ids, labels=labels)
+    if smoothing:
+        smoother = LabelSmoother(epsilon=smoothing)
+        smoothed: torch.Tensor = smoother(output, labels, shift_labels=True)
+        return smoothed
+    loss: torch.Tensor = output.loss
     return loss
 
 
@@ -90,7 +97,7 @@ def plain_loop(base: Base, science: Science) -> tuple[list[float], dict[str, tor
     for step, rows in enumerate(batches(len(CHOSEN), train, science.seed)):
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * schedule(step, train)
-        loss = batch_loss(model, [CHOSEN[row] for row in rows])
+        loss = batch_loss(model, [CHOSEN[row] for row in rows], train.label_smoothing)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -111,12 +118,12 @@ def schedule(step: int, train: TrainConfig) -> float:
 
 
 @pytest.mark.usefixtures("kind_of_cpu")
-def test_a_hundred_steps_of_six_adapters_equal_peft_and_adamw(
+def test_a_hundred_steps_of_seven_adapters_equal_peft_and_adamw(
     tiny_base: Base, configure: Any, tmp_path: Path
 ) -> None:
     engine, trainers, expected = PackedEngine(tiny_base), [], []
     shared = {"train.max_steps": 100, "train.batch_size": 3, "lora.alpha": None}
-    for number, changes in enumerate(SIX):
+    for number, changes in enumerate(SEVEN):
         science = part(Science, configure({**changes, **shared}))
         assert lr_factor(57, 100, science.train) == pytest.approx(schedule(57, science.train))
         adapter = engine.add(science.lora, science.seed)

@@ -132,7 +132,7 @@ def test_the_head_in_many_chunks_gives_the_same_losses_and_gradients(
     def pass_of() -> tuple[torch.Tensor, torch.Tensor]:
         hidden = torch.randn(7, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
         weight = torch.randn(words, 4, generator=torch.Generator().manual_seed(1))
-        losses = head.HeadLoss.apply(hidden, weight, torch.arange(7) * 1000)
+        losses = head.HeadLoss.apply(hidden, weight, torch.arange(7) * 1000, None)
         (losses * torch.linspace(0.1, 2, 7)).sum().backward()
         assert hidden.grad is not None
         return losses.detach(), hidden.grad

@@ -199,6 +199,7 @@ class TrainConfig:
     loraplus_ratio: float | None = rule(above=0)  # learning rate of B to that of A
     schedule: str = rule(choices=("cosine", "linear", "constant"))
     warmup_ratio: float = rule(least=0, most=1)
+    label_smoothing: float = rule(least=0, below=1)
     weight_decay: float = rule(least=0, most=1)
     clip_norm: float | None = rule(above=0)
     max_loss: float | None = rule(above=0)

@@ -32,6 +32,7 @@ NEUTRAL: dict[str, Any] = {
     "data.subset": "nested",
     **{f"data.columns.{name}": None for name in ("text", "system", "tools", "group")},
     "train.loraplus_ratio": None,
+    "train.label_smoothing": 0.0,
     "lora.layers": "all",
     "lora.init": "default",
     "lora.rank_pattern": None,

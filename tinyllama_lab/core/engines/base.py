@@ -72,6 +72,7 @@ class WorkItem(Generic[A]):
     example: Example
     # dropout masks are a hash of it: seed, step and number in the batch; empty in evaluation
     dropout_key: tuple[int, ...] = ()
+    smoothing: float = 0.0  # of its labels; none in evaluation
 
 
 class Engine(Protocol[A]):

@@ -132,7 +132,8 @@ class PeftEngine:
             self._active_adapter(items),
             _recomputed_blocks(base.model) if recomputes else nullcontext(),
         ):
-            losses = label_losses(base.model, batch).double()
+            smoothing = max(item.smoothing for item in items)  # that of the adapter
+            losses = label_losses(base.model, batch, smoothing).double()
         return losses.new_zeros(len(items)).index_add(0, batch.rows, losses)
 
     def generate(
@@ -241,7 +242,7 @@ def collate(examples: Sequence[Example], pad_id: int, device: torch.device) -> B
     return batch
 
 
-def label_losses(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+def label_losses(model: PreTrainedModel, batch: Batch, smoothing: float = 0.0) -> torch.Tensor:
     """Return the cross entropy (nats) of every label, `[labels]` in float32."""
     if has_plain_head(model):
         backbone = getattr(model, model.base_model_prefix)
@@ -250,7 +251,9 @@ def label_losses(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
         logits = model.get_output_embeddings()(hidden[batch.rows, batch.positions])
     else:
         logits = model(input_ids=batch.ids, use_cache=False).logits[batch.rows, batch.positions]
-    return functional.cross_entropy(logits.float(), batch.targets, reduction="none")
+    return functional.cross_entropy(
+        logits.float(), batch.targets, reduction="none", label_smoothing=smoothing
+    )
 
 
 def micro_batches(items: Sequence[WorkItem[A]], max_tokens: int) -> list[list[WorkItem[A]]]:

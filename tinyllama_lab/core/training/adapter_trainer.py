@@ -120,7 +120,12 @@ class AdapterTrainer:
         """Return the next step as work items for an engine."""
         step = self.progress.step + 1
         return [
-            WorkItem(self.adapter, example, (self._science.seed, step, number))
+            WorkItem(
+                self.adapter,
+                example,
+                (self._science.seed, step, number),
+                self.settings.label_smoothing,
+            )
             for number, example in enumerate(self.batch)
         ]
 

@@ -28,7 +28,7 @@ from tinyllama_lab.core.engines.packed.adapter import PackedAdapter
 from tinyllama_lab.core.engines.packed.apart import Sequences, attend_apart
 from tinyllama_lab.core.engines.packed.batch import PackedBatch, spans_of
 from tinyllama_lab.core.engines.packed.elementwise import Plain
-from tinyllama_lab.core.engines.packed.head import HeadLoss
+from tinyllama_lab.core.engines.packed.head import HeadLoss, smoothing_loss
 from tinyllama_lab.core.engines.packed.linear import PackedLinear
 from tinyllama_lab.core.engines.packed.segments import ModuleColumns
 from tinyllama_lab.core.engines.packed.weights import FrozenWeight
@@ -187,10 +187,14 @@ class AnyDecoder:
                 hidden = self._backbone(**inputs).last_hidden_state[0]
                 # labels alone go through the head: no other token has a loss
                 hidden = hidden.index_select(0, batch.label_at)
-                return HeadLoss.apply(hidden, self._head.weight, batch.targets)
+                weight = self._head.weight
+                return HeadLoss.apply(hidden, weight, batch.targets, batch.smoothing)
             # a head that scales or caps logits: those of all labels at the same time
-            logits = self._model(**inputs, logits_to_keep=batch.label_at).logits[0]
-        return functional.cross_entropy(logits.float(), batch.targets, reduction="none")
+            logits = self._model(**inputs, logits_to_keep=batch.label_at).logits[0].float()
+        losses = functional.cross_entropy(logits, batch.targets, reduction="none")
+        if batch.smoothing is None:
+            return losses
+        return losses + smoothing_loss(logits, batch.targets, batch.smoothing)
 
     def generate(
         self,

@@ -34,6 +34,7 @@ class PackedBatch:
     targets: torch.Tensor  # [labels]
     owners: torch.Tensor  # [labels] the sequence of each label
     dropout_keys: torch.Tensor | None = None  # [tokens] where an adapter has dropout
+    smoothing: torch.Tensor | None = None  # [labels] where a row is trained with smoothed labels
     # where one kernel takes all adapters
     segments: Segments | None = field(init=False, default=None)
 
@@ -93,7 +94,18 @@ def lay_out(
         targets=tokens[label_tokens + 1].to(device, non_blocking=True),
         owners=torch.tensor(owners, dtype=torch.long).to(device, non_blocking=True),
         dropout_keys=None if keys is None else keys.to(device, non_blocking=True),
+        smoothing=_smoothing_of(items, owners, device),
     )
+
+
+def _smoothing_of(
+    items: Sequence[WorkItem[PackedAdapter]], owners: Sequence[int], device: torch.device
+) -> torch.Tensor | None:
+    """Return the label smoothing of every label, `[labels]` in float32; None if there is none."""
+    if not any(item.smoothing for item in items):
+        return None
+    values = torch.tensor([items[owner].smoothing for owner in owners])
+    return values.to(device, non_blocking=True)
 
 
 def spans_of(

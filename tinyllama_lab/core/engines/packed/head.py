@@ -22,19 +22,33 @@ class HeadLoss(torch.autograd.Function):
 
     A label's loss depends on its own row alone. Forward therefore computes the gradient of each
     row right after its logits and frees these; backward only scales the gradient.
+
+    With label smoothing `e` (arXiv 1512.00567) the target has the probability 1 - e, and e is
+    shared by all tokens: `e * (logit of the target - mean of the logits)` is added to the loss.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        smoothing: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Take `weight [vocabulary, size]` and `targets [labels]`."""
+        """Take `weight [vocabulary, size]`, `targets [labels]` and `smoothing [labels]`."""
         losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         wanted = ctx.needs_input_grad[0]
         gradient = torch.empty_like(hidden) if wanted else None
         for rows in _chunks(len(targets), len(weight) * hidden.element_size()):
             logits = hidden[rows] @ weight.T
+            added = None
+            if smoothing is not None:
+                added = smoothing_loss(logits, targets[rows], smoothing[rows])
             _score(logits, targets[rows], losses[rows], wanted)
+            if smoothing is not None and added is not None:
+                losses[rows] += added
+                if wanted:
+                    _smooth_gradient_(logits, targets[rows], smoothing[rows])
             if gradient is not None:
                 at_a_time = GRADIENT_ROWS if logits.device.type == "cpu" else len(logits)
                 pieces = zip(logits.split(at_a_time), gradient[rows].split(at_a_time), strict=True)
@@ -47,7 +61,7 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return (gradient * grad[:, None]).to(gradient.dtype), None, None
+        return (gradient * grad[:, None]).to(gradient.dtype), None, None, None
 
 
 def logits_mib(labels: int, vocabulary: int, itemsize: int) -> float:
@@ -63,6 +77,23 @@ def _chunks(labels: int, row_bytes: int) -> list[slice]:
 
 def _chunk_rows(row_bytes: int) -> int:
     return min(CHUNK_ROWS, max(1, CHUNK_MIB * MIB // row_bytes))
+
+
+def smoothing_loss(
+    logits: torch.Tensor, targets: torch.Tensor, smoothing: torch.Tensor
+) -> torch.Tensor:
+    """Return what smoothing adds to the cross entropy of each row, `[rows]` in float32."""
+    of_targets = logits.gather(1, targets[:, None])[:, 0].float()
+    return smoothing * (of_targets - logits.mean(1, dtype=torch.float32))
+
+
+def _smooth_gradient_(
+    gradient: torch.Tensor, targets: torch.Tensor, smoothing: torch.Tensor
+) -> None:
+    """Add to the gradient of the logits what smoothing adds, in place."""
+    share = (smoothing / gradient.shape[1]).to(gradient.dtype)
+    gradient.sub_(share[:, None])
+    gradient.scatter_add_(1, targets[:, None], smoothing[:, None].to(gradient.dtype))
 
 
 def _score(

@@ -116,7 +116,8 @@ class FrozenLlama:
         """Return the cross entropy (nats) of every label, `[labels]` in float32."""
         # labels alone go through the last norm and the head: no other token has a loss
         hidden = self.hidden(batch).index_select(0, batch.label_at)
-        return HeadLoss.apply(_NormAlone.apply(hidden, self._norm), self._head, batch.targets)
+        hidden = _NormAlone.apply(hidden, self._norm)
+        return HeadLoss.apply(hidden, self._head, batch.targets, batch.smoothing)
 
     def hidden(self, batch: PackedBatch) -> torch.Tensor:
         """Return the residual stream after the last block, before the norm, `[tokens, size]`."""
