@@ -7,11 +7,22 @@ from typing import Any
 import pytest
 import torch
 
-from tests.llamas import base_of, example, examples, items_of, llama, make_b_random, settings
+from tests.decoders import decoder
+from tests.llamas import (
+    base_of,
+    example,
+    examples,
+    gradients,
+    items_of,
+    llama,
+    make_b_random,
+    settings,
+)
 from tinyllama_lab.core.engines.base import WorkItem
 from tinyllama_lab.core.engines.packed.batch import lay_out
-from tinyllama_lab.core.engines.packed.dropout import mask, row_keys
+from tinyllama_lab.core.engines.packed.dropout import mask, noise, row_keys
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
+from tinyllama_lab.core.engines.peft import PeftEngine
 
 LENGTH, WIDTH = 300, 400
 
@@ -128,8 +139,48 @@ def test_dropout_is_applied_to_the_input_of_a_as_in_peft() -> None:
     a, b, y = (t.detach().clone().requires_grad_() for t in (pair.a, pair.b[0], x))
     assert batch.dropout_keys is not None
     hidden = mask(batch.dropout_keys, "model.layers.0.self_attn.o_proj", 32, 0.5)
-    expected = y @ o.weight.dense().T + one.adapter.scaling * (y * hidden) @ a.T @ b.T
+    expected = y @ o.weight.dense().T + pair.scaling * (y * hidden) @ a.T @ b.T
     expected.square().sum().backward()
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     for ours, theirs in ((pair.grad_a, a.grad), (pair.grad_b[0], b.grad), (x.grad, y.grad)):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_noise_is_uniform_and_as_large_as_neftune_has_it() -> None:
+    row = example(LENGTH)
+    found = noise([WorkItem(None, row, (0, 1, 0), noise=5.0)], WIDTH)
+    most = 5 / (LENGTH * WIDTH) ** 0.5
+    assert found.shape == (LENGTH, WIDTH) and -most <= float(found.min()) < -0.999 * most
+    assert 0.999 * most < float(found.max()) <= most
+    assert float(found.mean()) == pytest.approx(0, abs=5 * most / (3 * LENGTH * WIDTH) ** 0.5)
+    assert float(found.var()) == pytest.approx(most**2 / 3, rel=0.02)
+    other = noise([WorkItem(None, row, (0, 2, 0), noise=5.0)], WIDTH)
+    assert abs(float((found * other).mean())) < 5 * most**2 / 3 / (LENGTH * WIDTH) ** 0.5
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text"])
+def test_noise_in_a_pack_is_that_of_each_adapter_alone(name: str) -> None:
+    model = llama() if name == "llama" else decoder(name)
+    rows = examples((30, 9))
+
+    def items(adapter: Any, noise: float) -> list[WorkItem[Any]]:
+        return [WorkItem(adapter, r, (1, 4, n), noise=noise) for n, r in enumerate(rows)]
+
+    engine = PackedEngine(base_of(model))
+    noisy, plain = (engine.add(settings(r=r), 0) for r in (4, 2))
+    make_b_random(noisy)
+    make_b_random(plain)
+    losses = engine.example_losses([*items(noisy, 20.0), *items(plain, 0.0)])
+    (losses.sum()).backward()
+    clean = engine.example_losses([*items(noisy, 0.0), *items(plain, 0.0)]).detach()
+    torch.testing.assert_close(losses[2:].detach(), clean[2:], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(losses[:2], clean[:2], rtol=1e-3)
+    found, matrices = losses[:2].detach(), gradients(noisy)
+    alone = PeftEngine(base_of(model))
+    adapter = alone.add(settings(r=4), 0)
+    make_b_random(adapter)
+    expected = alone.example_losses(items(adapter, 20.0))
+    expected.sum().backward()
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-5)
+    for key, matrix in gradients(adapter).items():
+        assert (matrices[key] - matrix).norm() <= 2e-5 * matrix.norm(), key

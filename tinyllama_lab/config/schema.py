@@ -200,6 +200,7 @@ class TrainConfig:
     schedule: str = rule(choices=("cosine", "linear", "constant"))
     warmup_ratio: float = rule(least=0, most=1)
     label_smoothing: float = rule(least=0, below=1)
+    neftune_alpha: float = rule(least=0)
     weight_decay: float = rule(least=0, most=1)
     clip_norm: float | None = rule(above=0)
     max_loss: float | None = rule(above=0)

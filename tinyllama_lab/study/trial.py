@@ -33,6 +33,7 @@ NEUTRAL: dict[str, Any] = {
     **{f"data.columns.{name}": None for name in ("text", "system", "tools", "group")},
     "train.loraplus_ratio": None,
     "train.label_smoothing": 0.0,
+    "train.neftune_alpha": 0.0,
     "lora.layers": "all",
     "lora.init": "default",
     "lora.rank_pattern": None,

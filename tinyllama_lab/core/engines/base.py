@@ -72,7 +72,9 @@ class WorkItem(Generic[A]):
     example: Example
     # dropout masks are a hash of it: seed, step and number in the batch; empty in evaluation
     dropout_key: tuple[int, ...] = ()
-    smoothing: float = 0.0  # of its labels; none in evaluation
+    # none of these in evaluation
+    smoothing: float = 0.0  # of its labels
+    noise: float = 0.0  # NEFTune's alpha
 
 
 class Engine(Protocol[A]):

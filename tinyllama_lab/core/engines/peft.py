@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -21,6 +22,7 @@ from tinyllama_lab.config.lora import LoraConfig
 from tinyllama_lab.core.dataset.dataset import Example
 from tinyllama_lab.core.engines.base import ADAPTER_BYTES, A, WorkItem, by_adapter
 from tinyllama_lab.core.engines.generate import ROWS, generate
+from tinyllama_lab.core.engines.packed.dropout import noise
 from tinyllama_lab.core.engines.sampling import TokenSampling
 from tinyllama_lab.core.models import lora
 from tinyllama_lab.core.models.heads import has_plain_head
@@ -127,6 +129,8 @@ class PeftEngine:
         _train(base.model, torch.is_grad_enabled())
         examples = [item.example for item in items]
         batch = collate(examples, int(base.tokenizer.pad_token_id), base.device)
+        if any(item.noise for item in items):
+            batch.embeddings = _with_noise(base.model, batch, items)
         recomputes = self._recomputes and torch.is_grad_enabled()
         with (
             self._active_adapter(items),
@@ -222,6 +226,13 @@ class Batch:
     positions: torch.Tensor  # [labels] where its prediction is made
     targets: torch.Tensor  # [labels]
     tokens: int  # real ones, without padding
+    embeddings: torch.Tensor | None = None  # [batch, seq, size] instead of the ids
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """Return what a model reads."""
+        known = {"input_ids": self.ids}
+        return known if self.embeddings is None else {"inputs_embeds": self.embeddings}
 
 
 def collate(examples: Sequence[Example], pad_id: int, device: torch.device) -> Batch:
@@ -242,15 +253,24 @@ def collate(examples: Sequence[Example], pad_id: int, device: torch.device) -> B
     return batch
 
 
+def _with_noise(model: Any, batch: Batch, items: Sequence[WorkItem[Any]]) -> torch.Tensor:
+    """Return the embeddings of a batch with NEFTune's noise; padding gets none."""
+    embeddings: torch.Tensor = model.get_input_embeddings()(batch.ids)
+    lengths = [len(item.example.ids) for item in items]
+    drawn = noise(items, embeddings.shape[-1]).to(embeddings).split(lengths)
+    added = nn.utils.rnn.pad_sequence(list(drawn), batch_first=True)
+    return embeddings + added
+
+
 def label_losses(model: PreTrainedModel, batch: Batch, smoothing: float = 0.0) -> torch.Tensor:
     """Return the cross entropy (nats) of every label, `[labels]` in float32."""
     if has_plain_head(model):
         backbone = getattr(model, model.base_model_prefix)
-        hidden = backbone(input_ids=batch.ids, use_cache=False).last_hidden_state
+        hidden = backbone(**batch.inputs, use_cache=False).last_hidden_state
         # the head runs at labels alone: the logits of all positions would be the largest tensor
         logits = model.get_output_embeddings()(hidden[batch.rows, batch.positions])
     else:
-        logits = model(input_ids=batch.ids, use_cache=False).logits[batch.rows, batch.positions]
+        logits = model(**batch.inputs, use_cache=False).logits[batch.rows, batch.positions]
     return functional.cross_entropy(
         logits.float(), batch.targets, reduction="none", label_smoothing=smoothing
     )

@@ -125,6 +125,7 @@ class AdapterTrainer:
                 example,
                 (self._science.seed, step, number),
                 self.settings.label_smoothing,
+                self.settings.neftune_alpha,
             )
             for number, example in enumerate(self.batch)
         ]

@@ -179,7 +179,7 @@ class AnyDecoder:
             "use_cache": False,
         }
         with self._running(_Pass([], batch, Sequences.of(batch))):
-            inputs["inputs_embeds"] = self._embedding(batch.ids[None])
+            inputs["inputs_embeds"] = batch.with_noise(self._embedding(batch.ids))[None]
             if torch.is_grad_enabled():
                 # so that autograd runs the backward of the linear layers
                 inputs["inputs_embeds"].requires_grad_()

@@ -9,7 +9,7 @@ import torch
 
 from tinyllama_lab.core.engines.base import WorkItem
 from tinyllama_lab.core.engines.packed.adapter import AdapterSpan, PackedAdapter
-from tinyllama_lab.core.engines.packed.dropout import row_keys
+from tinyllama_lab.core.engines.packed.dropout import noise, row_keys
 from tinyllama_lab.core.engines.packed.segments import HIGHEST_RANK, Segments
 
 WASTE = 1.25  # longest sequence of a bucket, at most, as a multiple of its shortest
@@ -35,6 +35,7 @@ class PackedBatch:
     owners: torch.Tensor  # [labels] the sequence of each label
     dropout_keys: torch.Tensor | None = None  # [tokens] where an adapter has dropout
     smoothing: torch.Tensor | None = None  # [labels] where a row is trained with smoothed labels
+    noisy: Sequence[WorkItem[PackedAdapter]] = ()  # all items, if any has noise on its embeddings
     # where one kernel takes all adapters
     segments: Segments | None = field(init=False, default=None)
 
@@ -44,6 +45,12 @@ class PackedBatch:
         # dropout masks differ from module to module, which the kernels do not know
         if rows and len(rows) == len(adapters) and self.dropout_keys is None:
             self.segments = Segments(self.spans, rows)
+
+    def with_noise(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return embeddings `[tokens, size]` with the noise of the items that have some."""
+        if not self.noisy:
+            return embeddings
+        return embeddings + noise(self.noisy, embeddings.shape[1]).to(embeddings)
 
     @property
     def starts(self) -> list[int]:
@@ -95,6 +102,7 @@ def lay_out(
         owners=torch.tensor(owners, dtype=torch.long).to(device, non_blocking=True),
         dropout_keys=None if keys is None else keys.to(device, non_blocking=True),
         smoothing=_smoothing_of(items, owners, device),
+        noisy=items if any(item.noise for item in items) else (),
     )
 
 

@@ -1,4 +1,4 @@
-"""Dropout masks that depend only on the trial's seed, step, example, token and module.
+"""Dropout masks and noise that depend only on the trial's seed, step, example, token and module.
 
 A mask from a stateful generator would depend on the rest of the pack. These bits are a hash of
 counters instead, like those of counter-based generators (Salmon et al., SC 2011).
@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from tinyllama_lab.core.engines.base import WorkItem
-from tinyllama_lab.core.engines.packed.adapter import PackedAdapter
 
 _MIX = 0x2545F4914F6CDD1D  # odd, so that multiplication modulo 2^64 is invertible
 
 
-def row_keys(items: Sequence[WorkItem[PackedAdapter]]) -> torch.Tensor:
+def row_keys(items: Sequence[WorkItem[Any]]) -> torch.Tensor:
     """Return one number for every token, `[tokens]` in int64."""
     keys = [
         torch.arange(len(item.example.ids)).mul_(_MIX).add_(_number("row", *item.dropout_key))
@@ -28,11 +28,29 @@ def row_keys(items: Sequence[WorkItem[PackedAdapter]]) -> torch.Tensor:
 
 def mask(keys: torch.Tensor, module: str, width: int, share: float) -> torch.Tensor:
     """Return `[tokens, width]` in float32: 0 with probability `share`, else `1 / (1 - share)`."""
+    # a number of 24 bits, which is compared with the share in the same scale
+    kept = _numbers(keys, module, width) >= int(share * 0x1000000)
+    return kept.float().div_(1 - share)
+
+
+def noise(items: Sequence[WorkItem[Any]], width: int) -> torch.Tensor:
+    """Return what NEFTune adds to embeddings, `[tokens, width]` in float32.
+
+    Uniform between -1 and 1, times `alpha / sqrt(tokens of the row * width)` (arXiv 2310.05914).
+    """
+    alphas = [item.noise / (len(item.example.ids) * width) ** 0.5 for item in items]
+    scales = torch.tensor(alphas).repeat_interleave(
+        torch.tensor([len(item.example.ids) for item in items])
+    )
+    drawn = _numbers(row_keys(items), "embedding", width).float()
+    return drawn.div_(0x800000).sub_(1).mul_(scales[:, None])
+
+
+def _numbers(keys: torch.Tensor, module: str, width: int) -> torch.Tensor:
+    """Return integers below 2^24, `[tokens, width]`."""
     columns = torch.arange(width, device=keys.device).mul_(-_MIX).add_(_number("col", module))
     bits = _mixed(keys).unsqueeze(1) ^ _mixed(columns)
-    # the upper 24 bits as a number, which is compared with the share in the same scale
-    kept = (_mixed(bits) >> 40) & 0xFFFFFF
-    return (kept >= int(share * 0x1000000)).float().div_(1 - share)
+    return (_mixed(bits) >> 40) & 0xFFFFFF
 
 
 def _mixed(bits: torch.Tensor) -> torch.Tensor:

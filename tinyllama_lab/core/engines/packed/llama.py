@@ -122,7 +122,7 @@ class FrozenLlama:
     def hidden(self, batch: PackedBatch) -> torch.Tensor:
         """Return the residual stream after the last block, before the norm, `[tokens, size]`."""
         attention = self._attention(batch)
-        h = self.embed(batch.ids)
+        h = batch.with_noise(self.embed(batch.ids))
         for layer in self.layers:
             if self.checkpointing and torch.is_grad_enabled():
                 h = checkpoint(layer, h, batch, attention, use_reentrant=False)
