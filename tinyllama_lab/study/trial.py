@@ -25,15 +25,13 @@ EVAL = "eval"  # how an adapter is evaluated; it does not change the adapter
 # key leaves out settings at these values, so that the keys of earlier trials stay the same.
 NEUTRAL: dict[str, Any] = {
     "data.eval_path": None,  # if set, its content is part of `data.identity`
-    "data.eval_split": None,
+    **dict.fromkeys(("data.eval_split", "data.date"), None),
+    **{f"data.columns.{name}": None for name in ("text", "system", "tools", "group")},
     "data.rendering": 1,
-    "data.date": None,
     "data.learn": "all",
     "data.subset": "nested",
-    **{f"data.columns.{name}": None for name in ("text", "system", "tools", "group")},
     "train.loraplus_ratio": None,
-    "train.label_smoothing": 0.0,
-    "train.neftune_alpha": 0.0,
+    **dict.fromkeys(("train.label_smoothing", "train.neftune_alpha"), 0.0),
     "lora.layers": "all",
     "lora.init": "default",
     "lora.rank_pattern": None,
