@@ -13,7 +13,7 @@ TARGET_GROUPS = {
 }
 LLAMA_MODULES = (*TARGET_GROUPS["attention"], *TARGET_GROUPS["mlp"])
 EXPRESSION = "regex:"  # begins a value of `lora.targets` that is matched with whole module names
-LAYERS = re.compile(r"all|(first|last)_([1-9]\d*)")
+LAYERS = re.compile(r"all|(first|last)_[1-9]\d*")
 _ADAPTERS_SHARE = 0.23  # of a step on a CPU, where all modules are adapted; benchmarks/README.md
 # of architectures where queries, keys and values come from one matrix
 _FUSED = {"qkv_proj", "query_key_value", "c_attn", "Wqkv"}
@@ -52,15 +52,19 @@ def group_names(group: str, modules: Sequence[str]) -> list[str]:
     return sorted(names)
 
 
-def layer_numbers(layers: str | Sequence[int], count: int) -> list[int] | None:
-    """Return the layers that `lora.layers` selects in a model with `count`; None for all."""
+def missing_names(names: Sequence[str], modules: Sequence[str]) -> list[str]:
+    """Return those names, whole or the end of one, that none of the modules has."""
+    ends = [f".{module}" for module in modules]
+    return [name for name in names if not any(end.endswith(f".{name}") for end in ends)]
+
+
+def layer_numbers(layers: str | Sequence[int], count: int) -> list[int]:
+    """Return the layers that `lora.layers` selects, other than `all`, in a model with `count`."""
     if not isinstance(layers, str):
         return sorted(set(layers))
-    found = LAYERS.fullmatch(layers)
-    if found is None or found[1] is None:
-        return None
-    number = int(found[2])
-    return list(range(number) if found[1] == "first" else range(count - number, count))
+    place, _, number = layers.partition("_")
+    begin = 0 if place == "first" else count - int(number)
+    return list(range(begin, begin + int(number)))
 
 
 def step_share(targets: str | Sequence[str]) -> float:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tinyllama_lab.config.lora import LoraConfig
-from tinyllama_lab.config.targets import expression_of, group_names, layer_numbers
+from tinyllama_lab.config.targets import expression_of, group_names, layer_numbers, missing_names
 from tinyllama_lab.config.variants import INITIALISATIONS, VARIANTS
 from tinyllama_lab.core.models.quiet import no_peft_deprecation
 from tinyllama_lab.errors import ModelError
@@ -90,9 +90,11 @@ def _short(alpha: float) -> Any:
 
 def _layers(model: PreTrainedModel, layers: str | list[int]) -> list[int] | None:
     """Return the numbers of the layers that `lora.layers` selects; None for all."""
+    if layers == "all":  # of a model that may not say how many it has
+        return None
     count = int(model.config.num_hidden_layers)
     numbers = layer_numbers(layers, count)
-    if numbers and not 0 <= min(numbers) <= max(numbers) < count:
+    if not 0 <= min(numbers) <= max(numbers) < count:
         raise ModelError(
             f"lora.layers must name layers of the model, which has {count} from 0 to {count - 1}, "
             f"got {layers}; set lora.layers=all"
@@ -115,7 +117,7 @@ def target_modules(linear: Mapping[str, nn.Module], targets: str | list[str]) ->
     if targets == "all_linear":
         return sorted({name.rpartition(".")[2] for name in linear})
     names = group_names(targets, list(linear)) if isinstance(targets, str) else targets
-    missing = [name for name in names if not any(_is_named(full, name) for full in linear)]
+    missing = missing_names(names, list(linear))
     if missing or not names:
         found = sorted({name.rpartition(".")[2] for name in linear})
         raise ModelError(
@@ -124,10 +126,6 @@ def target_modules(linear: Mapping[str, nn.Module], targets: str | list[str]) ->
             f"of them such as lora.targets=[{found[0]}]"
         )
     return names
-
-
-def _is_named(full: str, name: str) -> bool:
-    return full == name or full.endswith(f".{name}")
 
 
 def _check_matches(

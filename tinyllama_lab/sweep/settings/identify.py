@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from tinyllama_lab.config.axes import shown_name
 from tinyllama_lab.config.schema import ALL, HUB_COLUMNS, Config, DataConfig, ModelConfig, Science
-from tinyllama_lab.config.targets import LLAMA_MODULES, TARGET_GROUPS, group_names
+from tinyllama_lab.config.targets import LLAMA_MODULES, TARGET_GROUPS, group_names, missing_names
 from tinyllama_lab.config.validate import build
 from tinyllama_lab.data import cache, hub
 from tinyllama_lab.data.snapshots import fewest_positions
@@ -251,8 +251,7 @@ def targets_problem(config: Config) -> str | None:
     if names is None or (isinstance(targets, str) and targets not in TARGET_GROUPS):
         return None
     wanted = targets if isinstance(targets, list) else group_names(targets, names)
-    ends = tuple(f".{name}" for name in names)
-    missing = [name for name in wanted if not any(end.endswith(f".{name}") for end in ends)]
+    missing = missing_names(wanted, names)
     if wanted and not missing:
         return None
     leaves = sorted({_leaf(name) for name in names})
