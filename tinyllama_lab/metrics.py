@@ -25,6 +25,7 @@ class Logged(Enum):
 
     ALWAYS = "always"
     STEPS = "at every training step, and not in the result"
+    AFTER_OTHERS = "where earlier trials of the base ran on this machine"
     ON_CUDA = "on CUDA"
     GENERAL_TEXT = "with eval.general"
     GENERATIONS = "with eval.generations"
@@ -166,6 +167,7 @@ _ALL = (  # in the order of columns
         logged=Logged.LATENCY,
     ),
     Metric("perf/trial_seconds", "trial s", unit="s"),
+    Metric("perf/predicted_seconds", "predicted s", unit="s", logged=Logged.AFTER_OTHERS),
     _MIB("memory/infer_peak_mib", "inference peak MiB"),
     _MIB("memory/predicted_mib", "predicted MiB"),
     _MIB("memory/predicted_infer_mib", "predicted inference MiB"),

@@ -20,6 +20,7 @@ from tinyllama_lab.study.pack import (
     BaseSettings,
     Exit,
     Holder,
+    Pace,
     Pack,
     StreamSettings,
     Task,
@@ -41,6 +42,7 @@ def written(root: Path, stream: StreamSettings | None = None) -> tuple[Pack, Wor
             TrialFolder(study.trials_dir / f"r{n}-{key}"),
             base,
             (f"lora.r={n}", "data.system='a, ä'"),
+            pace=Pace("a CPU", 120.5, 3.25) if n else None,
         )
         for n, key in enumerate(KEYS)
     ]

@@ -7,6 +7,7 @@ import errno
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 
 from tests.packs import QUIET, Lab, Wrapped, events, losses, quickly, result, states
 from tests.studies import first_evaluation
+from tinyllama_lab.config.schema import Science, part
 from tinyllama_lab.core.evaluation import losses as evaluate
 from tinyllama_lab.core.training.attempt import Attempt, classify
 from tinyllama_lab.data.cache import file_digest
@@ -26,7 +28,8 @@ from tinyllama_lab.errors import (
     DivergedError,
 )
 from tinyllama_lab.metrics import METRICS, Logged
-from tinyllama_lab.study.pack import Task
+from tinyllama_lab.study.machine import cpu_name
+from tinyllama_lab.study.pack import Pace, Task
 from tinyllama_lab.study.trial import Result, State
 from tinyllama_lab.sweep.plan import should_rerun
 from tinyllama_lab.sweep.search.goals import logged_metrics
@@ -94,6 +97,21 @@ def test_a_finished_trial_has_every_metric_and_file(variant: str, lab: Lab) -> N
         *(f"eval/{found.evaluation}/{name}" for name in EVALUATION_FILES),
         "loss_curve.png",
     }
+
+
+def test_a_result_holds_the_seconds_that_earlier_trials_foretold(lab: Lab) -> None:
+    trial, elsewhere = (lab.trial({"seed": seed}) for seed in (5, 6))
+    paces = {trial: Pace(cpu_name(), 50.0, 7.0), elsewhere: Pace("another CPU", 50.0, 7.0)}
+    task_of = lab.task
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Lab, "task", lambda _, each: replace(task_of(each), pace=paces[each]))
+        found, other = lab.run([trial, elsewhere])
+    steps = [event["values"] for event in events(trial, "metric")]
+    rows = lab.data.prepare(part(Science, trial.read_config()).data, 5, 4).train
+    epochs = trial.read_config()["train"]["epochs"]
+    tokens = epochs * sum(len(row.ids) for row in rows)
+    assert steps and found.metrics["perf/predicted_seconds"] == tokens / 50 + 7
+    assert other.state is State.DONE and "perf/predicted_seconds" not in other.metrics
 
 
 def test_every_metric_that_a_worker_logs_is_in_the_registry(lab: Lab) -> None:

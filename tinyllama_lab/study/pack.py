@@ -44,17 +44,31 @@ class Holder:
 
 
 @dataclass(frozen=True)
+class Pace:
+    """How fast a trial will be, as earlier trials of its base were on this machine."""
+
+    hardware: str  # the name of the CPU or GPU; a worker may run on another machine
+    tokens_per_s: float  # of training
+    scoring_s: float  # of all its scoring
+
+    def seconds(self, tokens: int) -> float:
+        """Return the seconds of a trial that trains on this many tokens."""
+        return tokens / self.tokens_per_s + self.scoring_s
+
+
+@dataclass(frozen=True)
 class Task:
     """One trial to run, the base it is compared with, and the overrides that were typed for it.
 
     A trial that is done is only evaluated. `eval_settings` is the `eval` group to evaluate it
-    with; None for the one in its configuration.
+    with; None for the one in its configuration. `pace` is None where no earlier trial tells it.
     """
 
     trial: TrialFolder
     base: TrialFolder
     overrides: tuple[str, ...]
     eval_settings: dict[str, Any] | None = field(default=None, hash=False)  # it has no hash
+    pace: Pace | None = None
 
     def read_config(self) -> dict[str, Any]:
         """Return the trial's configuration, with the `eval` group of the task."""
@@ -217,11 +231,13 @@ class Pack:
     def _record(self, task: Task) -> dict[str, Any]:
         trial, base = (os.path.relpath(t.folder, self.folder) for t in (task.trial, task.base))
         folders = {"trial": trial, "base": base}
-        return {**folders, "overrides": task.overrides, "scoring": task.eval_settings}
+        settings = {"overrides": task.overrides, "scoring": task.eval_settings}
+        return {**folders, **settings, "pace": asdict(task.pace) if task.pace else None}
 
     def _task(self, record: Mapping[str, Any]) -> Task:
         trial, base = (TrialFolder((self.folder / record[k]).resolve()) for k in ("trial", "base"))
-        return Task(trial, base, tuple(record["overrides"]), record["scoring"])
+        pace = Pace(**record["pace"]) if record["pace"] else None
+        return Task(trial, base, tuple(record["overrides"]), record["scoring"], pace)
 
 
 @dataclass

@@ -53,8 +53,7 @@ class Attempt:
         Raises:
             LabError: the trial's configuration is damaged.
         """
-        self.trial = task.trial
-        self.base = task.base
+        self.trial, self.base = task.trial, task.base
         config = task.read_config()
         self.science: Science = part(Science, config)
         self.is_trained = task.trial.is_done
@@ -62,6 +61,7 @@ class Attempt:
         self.log = EventLog(task.trial.events_file)
         self._context = context
         self._overrides = list(task.overrides)
+        self._pace = task.pace
         self.seconds = 0.0  # with its share of the time spent on several trials together
         # the record of the trial, and that of the evaluation alone
         self.result = Result(task.trial.key, task.trial.name, State.DONE)
@@ -125,9 +125,8 @@ class Attempt:
     def longest_tokens(self) -> int:
         """Return the tokens of the longest training row; 0 if the rows cannot be read."""
         try:
-            science = self.science
-            data = self._context.data.prepare(science.data, science.seed, science.eval.rows)
-            examples = data.train
+            science, cache = self.science, self._context.data
+            examples = cache.prepare(science.data, science.seed, science.eval.rows).train
         except Exception:  # `begin` reads them again and reports the error
             return 0
         return max(len(example.ids) for example in examples)
@@ -163,6 +162,9 @@ class Attempt:
             "size/trainable_params": float(trainer.adapter.trainable_params),
             **progress.memory,
         }
+        pace, hardware = self._pace, self.result.environment["hardware"]
+        if pace is not None and pace.hardware == hardware:
+            self.result.metrics["perf/predicted_seconds"] = pace.seconds(progress.tokens)
         self.result.data["train_rows_seen"] = trainer.rows_seen
         self.seconds += progress.seconds
         self._losses = progress.losses
@@ -337,9 +339,7 @@ def tasks_with_data(data: DataCache, tasks: Sequence[Task]) -> list[Task]:
             _refuse(task, error)
             continue
         except Exception:
-            logger.debug(
-                "%s: error deferred until the trial starts", task.trial.name, exc_info=True
-            )
+            logger.debug("%s: deferred until the trial starts", task.trial.name, exc_info=True)
         readable.append(task)
     return readable
 

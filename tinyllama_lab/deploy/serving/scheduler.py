@@ -183,10 +183,10 @@ class Scheduler:
             assert completion is not None  # all began above
             answer.send(*completion.ids[answer.sent :])
             if completion.reason:
+                del self._begun[answer]  # first: who has the answer may ask again at once
                 answer.send(completion.reason)
-                del self._begun[answer]
 
     def _end_all(self, error: LabError) -> None:
-        for answer in self._begun:
+        ended, self._begun = self._begun, {}
+        for answer in ended:
             answer.send(error)
-        self._begun.clear()

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean, median
 from typing import Any
 
-from tinyllama_lab.config.schema import ALL, Config, DataConfig
+from tinyllama_lab.config.schema import ALL, Config, DataConfig, Science, part
 from tinyllama_lab.config.targets import step_share
 from tinyllama_lab.data.rows import RawRow
 from tinyllama_lab.data.splits.splits import Split
 from tinyllama_lab.report.analysis.comparison import Comparison, Scored
+from tinyllama_lab.report.analysis.earlier import studies_below
 from tinyllama_lab.report.text import counted
 from tinyllama_lab.study.machine import cpu_name, gpu_name
-from tinyllama_lab.sweep.plan import PASSES_TO_TRAIN, Planned, evaluation_work
+from tinyllama_lab.study.pack import Pace
+from tinyllama_lab.sweep.plan import PASSES_TO_TRAIN, Plan, Planned, evaluation_work
 
 CHARACTERS_A_TOKEN = 4  # of English text
 TEMPLATE_TOKENS = 20  # of a row: the marks that a chat template puts around the turns
@@ -107,6 +109,48 @@ def known_costs(
     )
 
 
+class EarlierTrials:
+    """What the trials of a plan cost, as earlier trials tell it; also those of the plan itself."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._studies: Mapping[str, Comparison] = {}
+        self._read_again_at = 0  # results of the plan
+        self._known: dict[str, KnownCosts] = {}
+
+    def pace(self, planned: Planned, threads: int | None) -> Pace | None:
+        """Return how fast a trial will be with these threads; None where nothing tells it."""
+        if planned.is_trained:
+            return None
+        self._read()
+        config = config_of(self._plan.config, planned)
+        config = replace(config, hardware=replace(config.hardware, threads=threads))
+        groups = (config.model, config.quant, config.train.precision, config.lora.targets)
+        key = repr((groups, config.lora.layers, threads))
+        if key not in self._known:
+            self._known[key] = known_costs(self._studies, config, None)
+        known = self._known[key]
+        if known.tokens_per_s is None or known.scoring_s is None:
+            return None
+        scoring_s = known.scoring_s * planned.evaluation_work
+        return Pace(_hardware_here(config), known.tokens_per_s, scoring_s)
+
+    def _read(self) -> None:
+        """Read the studies; again whenever the plan has twice as many results as before."""
+        # a large study takes a second to read, so it is not read for every trial
+        if len(self._plan.results) >= self._read_again_at:
+            self._studies = studies_below(self._plan.study.root)
+            self._read_again_at = 2 * len(self._plan.results) or 1
+            self._known.clear()
+
+
+def config_of(shared: Config, planned: Planned) -> Config:
+    """Return the configuration of a command with the settings of one of its trials."""
+    science: Science = part(Science, planned.config)
+    groups = {name: getattr(science, name) for name in ("model", "quant", "lora", "train", "data")}
+    return replace(shared, **groups)
+
+
 def _scorings(trials: Sequence[Scored]) -> Iterator[float]:
     """Yield the seconds that trials took for a unit of `evaluation_work`."""
     for trial in trials:
@@ -128,11 +172,14 @@ def _flat(config: Config, key: str) -> Any:
 
 def _ran_alike(trial: Scored, config: Config) -> bool:
     """Return whether a trial ran on the device and with the threads of this command."""
-    hardware, threads = config.hardware, config.hardware.threads
-    # a result names the GPU, or the CPU if the trial ran there
-    device = None if hardware.device == "cpu" else gpu_name()
-    is_here = trial.environment.get("hardware") == (device or cpu_name())
+    threads = config.hardware.threads
+    is_here = trial.environment.get("hardware") == _hardware_here(config)
     return is_here and threads in (None, trial.environment.get("threads"))
+
+
+def _hardware_here(config: Config) -> str:
+    """Return the name that results have for the GPU of this machine, or for its CPU."""
+    return (None if config.hardware.device == "cpu" else gpu_name()) or cpu_name()
 
 
 def _tokens_a_row(

@@ -6,13 +6,14 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from tinyllama_lab.config.axes import flatten, params
 from tinyllama_lab.errors import StudyError
 from tinyllama_lab.report.failures import failure
 from tinyllama_lab.study.evaluations import read_whole
 from tinyllama_lab.study.events import Event
-from tinyllama_lab.study.pack import BaseSettings, Exit, StreamSettings, Task, Work
+from tinyllama_lab.study.pack import BaseSettings, Exit, Pace, StreamSettings, Task, Work
 from tinyllama_lab.study.trial import EVAL, Result, State, TrialFolder, base_config
 from tinyllama_lab.sweep.execution.display import Display
 from tinyllama_lab.sweep.execution.interrupts import Interrupts
@@ -23,6 +24,9 @@ from tinyllama_lab.sweep.execution.source import TrialSource
 from tinyllama_lab.sweep.launchers import Workers
 from tinyllama_lab.sweep.plan import Plan, Planned
 from tinyllama_lab.sweep.tracking.tracker import Tracker
+
+if TYPE_CHECKING:  # its imports take half a second, which a command without work does not spend
+    from tinyllama_lab.sweep.ask.cost import EarlierTrials
 
 POLL_S = 0.2  # between two looks at the workers
 SYNC_EVERY_S = 2.0  # between two batches of metrics of one worker
@@ -51,6 +55,7 @@ class Scheduler:
         self._source = source
         self._queue = Queue()
         self._running: list[Running] = []
+        self._earlier: EarlierTrials | None = None
         self._lost: Counter[str] = Counter()  # lost workers, by key of the running trial
         self._bases: set[TrialFolder] = set()  # whose configuration is written
         self._reached: list[tuple[Planned, Event]] = []  # rungs not yet judged
@@ -99,7 +104,7 @@ class Scheduler:
                 self._display.add(planned)
                 most = self._source.stream.max_concurrent
                 if (joined := self._queue.assign(planned, self._running, most)) is not None:
-                    joined.add(planned, self._task(planned))
+                    joined.add(planned, self._task(planned, joined.slot))
             self._display.expect(self._source.left)
             more = not self._room(self._source.stream)  # room that `ask` left: no trials will come
         while self._queue and (slot := self._slots.take()) is not None:
@@ -114,7 +119,7 @@ class Scheduler:
         under_way = sum(len(r.open) for r in self._running) + self._queue.trials
         return max(0, stream.max_concurrent * self._slots.count - under_way)
 
-    def _task(self, planned: Planned) -> Task:
+    def _task(self, planned: Planned, slot: Slot) -> Task:
         """Write the configurations of a trial and its base, and return the worker's task."""
         base = self._plan.base(planned)
         result, why = base.read_result()
@@ -132,11 +137,20 @@ class Scheduler:
             trial.prune_file.unlink(missing_ok=True)  # a search pruned it; now it is requested
         # an old result would say that the trial is done
         planned.result_folder.result_file.unlink(missing_ok=True)
-        return Task(trial, base, planned.overrides, planned.config[EVAL])
+        pace = self._pace(planned, slot)
+        return Task(trial, base, planned.overrides, planned.config[EVAL], pace)
+
+    def _pace(self, planned: Planned, slot: Slot) -> Pace | None:
+        """Return how fast earlier trials of this machine make a trial; None if there are none."""
+        if self._earlier is None:
+            from tinyllama_lab.sweep.ask.cost import EarlierTrials
+
+            self._earlier = EarlierTrials(self._plan)
+        return self._earlier.pace(planned, slot.threads)
 
     def _begin(self, waiting: Waiting, slot: Slot) -> Running:
         pack = self._plan.study.new_pack()
-        tasks = [self._task(planned) for planned in waiting.trials]
+        tasks = [self._task(planned, slot) for planned in waiting.trials]
         stream = self._source.stream if self._source else None
         shared = {"threads": slot.threads, "workers": self._slots.count}
         hardware = asdict(self._plan.config.hardware) | shared

@@ -14,7 +14,7 @@ from tinyllama_lab.data.splits.local_split import load_split
 from tinyllama_lab.data.splits.splits import Split
 from tinyllama_lab.report.analysis.earlier import studies_below
 from tinyllama_lab.study.study import StudyFolder
-from tinyllama_lab.sweep.ask.cost import KnownCosts, estimated_tokens, known_costs
+from tinyllama_lab.sweep.ask.cost import KnownCosts, config_of, estimated_tokens, known_costs
 from tinyllama_lab.sweep.execution.slots import SlotPool, find_slots
 from tinyllama_lab.sweep.forecast.minutes import speed_of
 from tinyllama_lab.sweep.forecast.process import Estimate, Forecasting
@@ -208,9 +208,7 @@ class _Earlier:
         lora, precision = science.lora.targets, science.train.precision
         key = repr((science.model, science.quant, lora, precision, of_data))
         if key not in self._known:
-            names = ("model", "quant", "lora", "train", "data")
-            groups = {name: getattr(science, name) for name in names}
-            config = replace(self._config, **groups)
+            config = config_of(self._config, planned)
             # models of other sources bring their tokenizer
             split = _split(config) if science.model.source in ("hub", "local") else None
             known = known_costs(self._studies, config, split)
