@@ -36,7 +36,7 @@ def key_of_then(config: dict[str, Any]) -> str:
         del science["eval"][name]
     for name in ("text", "system", "tools", "group"):
         del science["data"]["columns"][name]
-    for name in ("loraplus_ratio", "label_smoothing", "neftune_alpha"):
+    for name in ("optimizer", "loraplus_ratio", "label_smoothing", "neftune_alpha"):
         science["train"].pop(name, None)
     for name in ("layers", "rank_pattern", "init"):
         (science["lora"] or {}).pop(name, None)  # a base has no adapter

@@ -246,7 +246,7 @@ ALWAYS = {
     *("lora.rank_pattern", "lora.init", "lora.variant"),
     *("quant.kind", "quant.double", "seed"),
     *("train.max_steps", "train.batch_size", "train.lr", "train.schedule", "train.warmup_ratio"),
-    *("train.loraplus_ratio", "train.label_smoothing", "train.neftune_alpha"),
+    *("train.optimizer", "train.loraplus_ratio", "train.label_smoothing", "train.neftune_alpha"),
     *("train.weight_decay", "train.clip_norm", "train.max_loss", "train.precision"),
     *("train.deterministic", "eval.generations", "eval.latency_tokens", "eval.harness"),
     *("profile", "study", "sweeps_dir", "retry", "confirm", "deploy", "eval.rows"),

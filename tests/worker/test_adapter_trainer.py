@@ -14,7 +14,7 @@ import torch
 
 from tests.llamas import example, make_b_random
 from tests.packs import events, never, train_all
-from tinyllama_lab.config.schema import Science, part
+from tinyllama_lab.config.schema import OPTIMIZERS, Science, part
 from tinyllama_lab.core.dataset.dataset import Example
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
 from tinyllama_lab.core.engines.peft import PeftEngine
@@ -166,6 +166,27 @@ def test_another_process_continues_with_every_bit(
     assert second.progress.tokens == whole.progress.tokens
     assert all(torch.equal(value, found[name]) for name, value in expected.items())
     assert [event["step"] for event in events(second.trial, "metric")] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_continues_with_every_bit(name: str, tiny_base: Base, make: Make) -> None:
+    engine = PackedEngine(tiny_base)
+    changes = {"lora.r": 64, "train.optimizer": name, "train.lr": 1e-3, "train.max_steps": 5}
+    changes |= {"train.loraplus_ratio": 2.0}
+    whole, first = make(engine, changes, "whole"), make(engine, changes)
+    train_all(engine, [whole], 60)
+    steps(engine, first, 2)
+    first.save({})
+    stored, _ = checkpoint.load(first.trial.checkpoint_dir)
+    second = make(engine, changes)
+    second.resume()
+    train_all(engine, [second], 60)
+    assert second.progress.losses == whole.progress.losses
+    assert all(torch.equal(v, values(second)[n]) for n, v in values(whole).items())
+    # from 4,096 values on, a moment of 8 bits is one
+    assert stored is not None
+    kinds = {value.dtype for value in stored.tensors.values()}
+    assert (torch.uint8 in kinds) == (name == "adamw_8bit")
 
 
 def test_damaged_checkpoints_are_skipped_and_reported(tiny_base: Base, make: Make) -> None:

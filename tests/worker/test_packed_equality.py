@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import peft
 import pytest
 import torch
 from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file
+from transformers.optimization import Adafactor
 from transformers.trainer_pt_utils import LabelSmoother
 
 from tests.llamas import base_of, example, llama
@@ -35,6 +37,14 @@ SEVEN: list[dict[str, Any]] = [
     {"lora.r": 2, "lora.variant": "dora", "train.lr": 1e-3, "train.loraplus_ratio": 4},
     {"lora.r": 4, "train.lr": 3e-3, "train.label_smoothing": 0.1},
 ]
+# how the manuals of torch, transformers and bitsandbytes make them
+OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "adamw": (torch.optim.AdamW, {}),
+    "adamw_8bit": (bitsandbytes.optim.AdamW8bit, {}),
+    "adafactor": (Adafactor, {"scale_parameter": False, "relative_step": False}),
+    "lion": (bitsandbytes.optim.Lion32bit, {}),
+    "sgd": (torch.optim.SGD, {"momentum": 0.9}),
+}
 EIGHT: list[dict[str, Any]] = [
     {"lora.r": 1, "train.max_steps": 5},
     {"lora.r": 2, "lora.targets": "attention_qv", "data.n": 4},
@@ -71,8 +81,10 @@ def batch_loss(model: Any, chosen: Sequence[Example], smoothing: float) -> torch
     return loss
 
 
-def plain_loop(base: Base, science: Science) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Train one trial at a time with PEFT and torch, in the usual way."""
+def plain_loop(
+    base: Base, science: Science, warmup: int = 10
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Train one trial at a time with PEFT and an optimizer, in the usual way."""
     torch.manual_seed(science.seed)
     train, config = science.train, science.lora
     wanted = {"attention_qv": ["q_proj", "v_proj"], "mlp": ["gate_proj", "up_proj", "down_proj"]}
@@ -86,17 +98,17 @@ def plain_loop(base: Base, science: Science) -> tuple[list[float], dict[str, tor
     )
     model: Any = peft.get_peft_model(base.model, settings)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    options = {"lr": train.lr, "weight_decay": train.weight_decay}
+    kind, extra = OPTIMIZERS[train.optimizer]
+    options = {"lr": train.lr, "weight_decay": train.weight_decay, **extra}
     if ratio := train.loraplus_ratio:
-        kind = torch.optim.AdamW
         optimizer = create_loraplus_optimizer(model, kind, loraplus_lr_ratio=ratio, **options)
     else:
-        optimizer = torch.optim.AdamW(parameters, **options)
+        optimizer = kind(parameters, **options)
     peaks = [group["lr"] for group in optimizer.param_groups]
     found = []
     for step, rows in enumerate(batches(len(CHOSEN), train, science.seed)):
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * schedule(step, train)
+            group["lr"] = peak * schedule(step, train, warmup)
         loss = batch_loss(model, [CHOSEN[row] for row in rows], train.label_smoothing)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -109,11 +121,38 @@ def plain_loop(base: Base, science: Science) -> tuple[list[float], dict[str, tor
     return found, values
 
 
-def schedule(step: int, train: TrainConfig) -> float:
-    """Return the factor of the learning rate: 10 steps of warm-up, then decay to zero."""
-    if step < 10:
-        return (step + 1) / 11
-    done = (step - 10) / 90
+@pytest.mark.parametrize("ratio", [None, 4.0])
+def test_every_optimizer_takes_the_steps_that_its_library_takes_with_peft(
+    ratio: float | None, tiny_base: Base, configure: Any, tmp_path: Path
+) -> None:
+    rates = {"adamw": 3e-3, "adamw_8bit": 3e-3, "adafactor": 1e-3, "lion": 3e-4, "sgd": 0.1}
+    assert rates.keys() == OPTIMIZERS.keys()
+    engine, trainers, expected = PackedEngine(tiny_base), [], []
+    shared: dict[str, Any] = {"train.max_steps": 20, "train.batch_size": 3, "lora.alpha": None}
+    # PEFT's LoRA+ lets no weight decay
+    shared |= {"train.weight_decay": 0.0 if ratio else 0.1, "train.loraplus_ratio": ratio}
+    for name, lr in rates.items():
+        # of rank 64 are matrices of 4,096 values, from which on bitsandbytes takes 8 bits
+        changes = {"lora.r": 64, "train.optimizer": name, "train.lr": lr}
+        science = part(Science, configure({**shared, **changes}))
+        adapter = engine.add(science.lora, science.seed)
+        trainers.append(
+            AdapterTrainer(TrialFolder(tmp_path / name), science, adapter, CHOSEN, torch.float32)
+        )
+        expected.append(plain_loop(tiny_base, science, warmup=2))
+    train_all(engine, trainers, tokens=90)
+    for trainer, (wanted, _) in zip(trainers, expected, strict=True):
+        assert wanted[-1] < wanted[0] - 0.1, trainer.settings.optimizer
+        # rounding to 8 bits makes more of the last bit of a gradient
+        tolerance = 2e-4 if trainer.settings.optimizer == "adamw_8bit" else 1e-5
+        assert trainer.progress.losses == pytest.approx(wanted, rel=tolerance)
+
+
+def schedule(step: int, train: TrainConfig, warmup: int = 10) -> float:
+    """Return the factor of the learning rate: a tenth of warm-up, then decay to zero."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    done = (step - warmup) / (9 * warmup)
     return (1 + math.cos(math.pi * done)) / 2 if train.schedule == "cosine" else 1 - done
 
 

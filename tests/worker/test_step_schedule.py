@@ -19,7 +19,13 @@ def settings(**changes: Any) -> TrainConfig:
         epochs=1.0, max_steps=None, batch_size=4, lr=1e-3, schedule="cosine", warmup_ratio=0.1
     )
     plain |= dict(weight_decay=0.0, clip_norm=1.0, max_loss=20.0, precision="fp32")
-    plain |= dict(deterministic=False, loraplus_ratio=None, label_smoothing=0.0, neftune_alpha=0.0)
+    plain |= dict(
+        deterministic=False,
+        optimizer="adamw",
+        loraplus_ratio=None,
+        label_smoothing=0.0,
+        neftune_alpha=0.0,
+    )
     return TrainConfig(**{**plain, **changes})
 
 

@@ -188,6 +188,10 @@ class QuantConfig:
             yield f"quant.double=true needs quant=nf4 or quant=fp4, got quant={self.kind}"
 
 
+# `core/training/optimizer.py` makes each of them
+OPTIMIZERS = ("adamw", "adamw_8bit", "adafactor", "lion", "sgd")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """The optimizer and its schedule. `batch_size` is the effective batch size, in rows."""
@@ -195,6 +199,7 @@ class TrainConfig:
     epochs: float = rule(above=0, most=1000)  # may be a part of one
     max_steps: int | None = rule(least=1)  # optimizer steps
     batch_size: int = rule(least=1)
+    optimizer: str = rule(choices=OPTIMIZERS)
     lr: float = rule(above=0, most=1)
     loraplus_ratio: float | None = rule(above=0)  # learning rate of B to that of A
     schedule: str = rule(choices=("cosine", "linear", "constant"))

@@ -31,6 +31,9 @@ class Adapter(Protocol):
     def fast_parameters(self) -> list[nn.Parameter]:
         """Return those of `parameters` that LoRA+ (arXiv 2402.12354) trains faster."""
 
+    def matrices(self) -> dict[str, nn.Parameter]:
+        """Return a parameter for each matrix, by name, in the memory of `parameters`."""
+
     @property
     def trainable_params(self) -> int:
         """Return the number of trained values."""

@@ -45,7 +45,11 @@ class PeftAdapter:
     @property
     def fast_parameters(self) -> list[nn.Parameter]:
         """Return those that LoRA+ trains faster, as PEFT's optimizer does: B and magnitudes."""
-        return [p for name, p in self._trainable.items() if "lora_B" in name or p.ndim == 1]
+        return [p for name, p in self._trainable.items() if lora.trains_faster(name, p)]
+
+    def matrices(self) -> dict[str, nn.Parameter]:
+        """Return the parameters themselves."""
+        return {name.replace(".default", ""): p for name, p in self._trainable.items()}
 
     @property
     def trainable_params(self) -> int:

@@ -329,6 +329,11 @@ def trainable(adapted: peft.PeftModel) -> dict[str, nn.Parameter]:
     return {name: p for name, p in adapted.named_parameters() if p.requires_grad}
 
 
+def trains_faster(name: str, parameter: nn.Parameter) -> bool:
+    """Return whether LoRA+ trains a parameter faster, as PEFT's optimizer does: B, magnitudes."""
+    return "lora_B" in name or parameter.ndim == 1
+
+
 def sort_targets(config: Any) -> None:
     """Sort the module names, because the order of PEFT's set differs between processes."""
     if not isinstance(config.target_modules, str):  # which is an expression

@@ -16,6 +16,7 @@ from tinyllama_lab.core.dataset.dataset import Example, fingerprint
 from tinyllama_lab.core.engines.base import Adapter, WorkItem
 from tinyllama_lab.core.training import checkpoint
 from tinyllama_lab.core.training.checkpoint import Checkpoint
+from tinyllama_lab.core.training.optimizer import AdapterOptimizer, values_of
 from tinyllama_lab.core.training.step_schedule import batches, lr_factor, rows_seen, steps_of
 from tinyllama_lab.errors import DivergedError
 from tinyllama_lab.study.events import EventLog
@@ -24,7 +25,6 @@ from tinyllama_lab.study.trial import TrialFolder
 # GradScaler begins with a scale of 2**16 and halves it at every overflow. 20 overflows in a
 # row bring it from there to below 1, so the gradient itself does not fit fp16.
 SKIPS_ALLOWED = 20
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass
@@ -80,15 +80,7 @@ class AdapterTrainer:
         # a scaler per adapter: an overflow of one must not skip the steps of the others
         self.scaler = torch.amp.GradScaler(self._device.type, enabled=base_dtype == torch.float16)
         self._wake_scaler()
-        self._optimizer = torch.optim.AdamW(
-            _groups(adapter, science.train),
-            weight_decay=science.train.weight_decay,
-            fused=True,  # one pass over weights, gradient and moments
-        )
-        # allocated here: running out of memory inside an update could not be undone
-        for parameter in adapter.parameters:
-            moments = {name: torch.zeros_like(parameter.detach()) for name in _MOMENTS}
-            self._optimizer.state[parameter] = {"step": _step(0.0, self._device), **moments}
+        self._optimizer = AdapterOptimizer(adapter, science.train)
         self.progress = Progress(dtype=str(base_dtype))
         self.resumed_at = 0
         self._order = _batches_from(0, examples, science)
@@ -137,12 +129,13 @@ class AdapterTrainer:
             The gradient's norm before clipping. It stays on the device, because reading it
             would make the host wait.
         """
-        for group in self._optimizer.param_groups:
+        optimizer = self._optimizer.torch
+        for group in optimizer.param_groups:
             group["lr"] = self.lr * group["ratio"]
-        self.scaler.unscale_(self._optimizer)
+        self.scaler.unscale_(optimizer)
         limit = math.inf if self.settings.clip_norm is None else self.settings.clip_norm
         norm = nn.utils.clip_grad_norm_(self.adapter.parameters, limit)
-        self.scaler.step(self._optimizer)
+        self.scaler.step(optimizer)
         self.scaler.update()
         # the copy that matmuls read must follow the weights before the next forward pass
         self.adapter.updated()
@@ -185,7 +178,7 @@ class AdapterTrainer:
     def save(self, random_state: dict[str, torch.Tensor]) -> None:
         """Commit a checkpoint of the last complete step.
 
-        After the final step the optimizer's moments, two thirds of the bytes, are left out.
+        After the final step the optimizer's state, two thirds of AdamW's bytes, is left out.
 
         Args:
             random_state: the engine's random state after that step.
@@ -193,16 +186,12 @@ class AdapterTrainer:
         begin = time.monotonic()
         parameters = self.adapter.parameters
         tensors = {f"adapter.{k}": v for k, v in self.adapter.named(parameters).items()}
-        states = [self._optimizer.state[parameter] for parameter in parameters]
-        for moment in () if self.is_done else _MOMENTS:
-            moments = self.adapter.named([state[moment] for state in states])
-            tensors |= {f"{moment}.{name}": value for name, value in moments.items()}
-        # all parameters are updated together, so they share one count of steps
-        tensors |= {"optimizer_step": states[0]["step"], **random_state}
+        tensors |= random_state if self.is_done else self._optimizer.tensors() | random_state
         facts = {
             "progress": vars(self.progress),
             "scaler": self.scaler.state_dict(),
             "examples": self._fingerprint,
+            "optimizer": {} if self.is_done else self._optimizer.numbers(),
         }
         snapshot = Checkpoint(self.progress.step, tensors, facts)
         checkpoint.save(self.trial.checkpoint_dir, snapshot)
@@ -246,48 +235,18 @@ class AdapterTrainer:
         """Continue from a checkpoint: adapter, progress, optimizer, scaler and batch order."""
         parameters = self.adapter.parameters
         with torch.no_grad():
-            for parameter, value in zip(parameters, self._values(stored, "adapter"), strict=True):
+            values = values_of(self.adapter, stored.tensors, "adapter")
+            for parameter, value in zip(parameters, values, strict=True):
                 # in place: the optimizer, and the views of a packed adapter, refer to this storage
                 parameter.copy_(value)
         self.adapter.updated()
         self.progress = Progress(**stored.facts["progress"])
         self.resumed_at = self.progress.step
-        if not self.is_done:  # the checkpoint of a finished training has no moments
-            self._restore_optimizer(stored, parameters)
+        if not self.is_done:  # the checkpoint of a finished training has no state of it
+            self._optimizer.restore(stored.tensors, stored.facts.get("optimizer", {}))
         self.scaler.load_state_dict(stored.facts["scaler"])
         self._wake_scaler()
         self._order = _batches_from(self.resumed_at, self._examples, self._science)
-
-    def _restore_optimizer(self, stored: Checkpoint, parameters: Sequence[nn.Parameter]) -> None:
-        moments = [self._values(stored, moment) for moment in _MOMENTS]
-        for parameter, *values in zip(parameters, *moments, strict=True):
-            step = _step(float(stored.tensors["optimizer_step"]), self._device)
-            state = dict(zip(_MOMENTS, values, strict=True))
-            self._optimizer.state[parameter] = {"step": step, **state}
-
-    def _values(self, stored: Checkpoint, kind: str) -> list[torch.Tensor]:
-        prefix = f"{kind}."
-        matrices = {
-            name.removeprefix(prefix): value.to(self._device)
-            for name, value in stored.tensors.items()
-            if name.startswith(prefix)
-        }
-        return self.adapter.values(matrices)
-
-
-def _groups(adapter: Adapter, train: TrainConfig) -> list[dict[str, Any]]:
-    """Return the parameters of an adapter by the ratio of their learning rate to `train.lr`."""
-    fast, ratio = {id(parameter) for parameter in adapter.fast_parameters}, train.loraplus_ratio
-    if ratio is None:
-        return [{"params": adapter.parameters, "lr": train.lr, "ratio": 1.0}]
-    return [
-        {
-            "params": [p for p in adapter.parameters if (id(p) in fast) == is_fast],
-            "lr": train.lr * each,
-            "ratio": each,
-        }
-        for is_fast, each in ((False, 1.0), (True, ratio))
-    ]
 
 
 def _batches_from(
@@ -303,10 +262,6 @@ def _batches_from(
     for number, rows in enumerate(order):
         if number >= step:
             yield [examples[row] for row in rows]
-
-
-def _step(step: float, device: torch.device) -> torch.Tensor:
-    return torch.tensor(step, dtype=torch.float32, device=device)
 
 
 _GRADIENT = "the gradient must stay finite"

@@ -101,6 +101,14 @@ class PackedAdapter:
         """Return those that LoRA+ trains faster: B and magnitudes."""
         return self._parts[1:]
 
+    def matrices(self) -> dict[str, nn.Parameter]:
+        """Return views of every matrix, with views of its gradient."""
+        gradients = self.layout.split(self.gradients)
+        matrices = {n: nn.Parameter(view) for n, view in self.layout.split(self.flat).items()}
+        for name, matrix in matrices.items():
+            matrix.grad = gradients[name]
+        return matrices
+
     @property
     def compute_weights(self) -> torch.Tensor:
         """Return the flat vector in the base's dtype."""
