@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes
-import peft
 import pytest
 import torch
-from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file
-from transformers.optimization import Adafactor
-from transformers.trainer_pt_utils import LabelSmoother
 
 from tests.llamas import base_of, example, llama
 from tests.packs import QUIET, Lab, Wrapped, losses, quickly, result, same_bits, train_all, weights
+from tests.plain_loop import OPTIMIZERS, plain_loop, schedule
 from tests.studies import first_evaluation
-from tinyllama_lab.config.schema import Science, TrainConfig, part
-from tinyllama_lab.core.dataset.dataset import Example
+from tinyllama_lab.config.schema import Science, part
 from tinyllama_lab.core.engines.base import WorkItem
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
 from tinyllama_lab.core.models.loading import Base
 from tinyllama_lab.core.training.adapter_trainer import AdapterTrainer
-from tinyllama_lab.core.training.step_schedule import batches, lr_factor
+from tinyllama_lab.core.training.step_schedule import lr_factor
 from tinyllama_lab.study.trial import State, TrialFolder
 
 SEVEN: list[dict[str, Any]] = [
@@ -37,14 +31,6 @@ SEVEN: list[dict[str, Any]] = [
     {"lora.r": 2, "lora.variant": "dora", "train.lr": 1e-3, "train.loraplus_ratio": 4},
     {"lora.r": 4, "train.lr": 3e-3, "train.label_smoothing": 0.1},
 ]
-# how the manuals of torch, transformers and bitsandbytes make them
-OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "adamw": (torch.optim.AdamW, {}),
-    "adamw_8bit": (bitsandbytes.optim.AdamW8bit, {}),
-    "adafactor": (Adafactor, {"scale_parameter": False, "relative_step": False}),
-    "lion": (bitsandbytes.optim.Lion32bit, {}),
-    "sgd": (torch.optim.SGD, {"momentum": 0.9}),
-}
 EIGHT: list[dict[str, Any]] = [
     {"lora.r": 1, "train.max_steps": 5},
     {"lora.r": 2, "lora.targets": "attention_qv", "data.n": 4},
@@ -61,64 +47,6 @@ CHOSEN = [example(5 + 2 * n, n, words=256) for n in range(10)]
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     quickly(monkeypatch)
-
-
-def batch_loss(model: Any, chosen: Sequence[Example], smoothing: float) -> torch.Tensor:
-    """Return the mean cross entropy of all labels of a padded batch, by transformers."""
-    longest = max(len(one.ids) for one in chosen)
-    ids = torch.zeros(len(chosen), longest, dtype=torch.long)
-    labels = torch.full_like(ids, -100)
-    for row, one in enumerate(chosen):
-        ids[row, : len(one.ids)] = torch.tensor(one.ids)
-        labelled = torch.where(torch.tensor(one.loss_mask), torch.tensor(one.ids), -100)
-        labels[row, : len(one.ids)] = labelled
-    output = model(input_ids=ids, labels=labels)
-    if smoothing:
-        smoother = LabelSmoother(epsilon=smoothing)
-        smoothed: torch.Tensor = smoother(output, labels, shift_labels=True)
-        return smoothed
-    loss: torch.Tensor = output.loss
-    return loss
-
-
-def plain_loop(
-    base: Base, science: Science, warmup: int = 10
-) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Train one trial at a time with PEFT and an optimizer, in the usual way."""
-    torch.manual_seed(science.seed)
-    train, config = science.train, science.lora
-    wanted = {"attention_qv": ["q_proj", "v_proj"], "mlp": ["gate_proj", "up_proj", "down_proj"]}
-    settings = peft.LoraConfig(
-        task_type="CAUSAL_LM",
-        r=config.r,
-        lora_alpha=2 * config.r,
-        target_modules=wanted.get(str(config.targets), "all-linear"),
-        use_rslora=config.variant == "rslora",
-        use_dora=config.variant == "dora",
-    )
-    model: Any = peft.get_peft_model(base.model, settings)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    kind, extra = OPTIMIZERS[train.optimizer]
-    options = {"lr": train.lr, "weight_decay": train.weight_decay, **extra}
-    if ratio := train.loraplus_ratio:
-        optimizer = create_loraplus_optimizer(model, kind, loraplus_lr_ratio=ratio, **options)
-    else:
-        optimizer = kind(parameters, **options)
-    peaks = [group["lr"] for group in optimizer.param_groups]
-    found = []
-    for step, rows in enumerate(batches(len(CHOSEN), train, science.seed)):
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * schedule(step, train, warmup)
-        loss = batch_loss(model, [CHOSEN[row] for row in rows], train.label_smoothing)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        found.append(float(loss.detach()))
-    trained = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    values = {name: value.clone() for name, value in trained.items()}
-    model.unload()
-    return found, values
 
 
 @pytest.mark.parametrize("ratio", [None, 4.0])
@@ -139,21 +67,13 @@ def test_every_optimizer_takes_the_steps_that_its_library_takes_with_peft(
         trainers.append(
             AdapterTrainer(TrialFolder(tmp_path / name), science, adapter, CHOSEN, torch.float32)
         )
-        expected.append(plain_loop(tiny_base, science, warmup=2))
+        expected.append(plain_loop(tiny_base, science, CHOSEN))
     train_all(engine, trainers, tokens=90)
     for trainer, (wanted, _) in zip(trainers, expected, strict=True):
         assert wanted[-1] < wanted[0] - 0.1, trainer.settings.optimizer
         # rounding to 8 bits makes more of the last bit of a gradient
         tolerance = 2e-4 if trainer.settings.optimizer == "adamw_8bit" else 1e-5
         assert trainer.progress.losses == pytest.approx(wanted, rel=tolerance)
-
-
-def schedule(step: int, train: TrainConfig, warmup: int = 10) -> float:
-    """Return the factor of the learning rate: a tenth of warm-up, then decay to zero."""
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    done = (step - warmup) / (9 * warmup)
-    return (1 + math.cos(math.pi * done)) / 2 if train.schedule == "cosine" else 1 - done
 
 
 @pytest.mark.usefixtures("kind_of_cpu")
@@ -164,11 +84,11 @@ def test_a_hundred_steps_of_seven_adapters_equal_peft_and_adamw(
     shared = {"train.max_steps": 100, "train.batch_size": 3, "lora.alpha": None}
     for number, changes in enumerate(SEVEN):
         science = part(Science, configure({**changes, **shared}))
-        assert lr_factor(57, 100, science.train) == pytest.approx(schedule(57, science.train))
+        assert lr_factor(57, 100, science.train) == pytest.approx(schedule(57, 100, science.train))
         adapter = engine.add(science.lora, science.seed)
         trial = TrialFolder(tmp_path / str(number))
         trainers.append(AdapterTrainer(trial, science, adapter, CHOSEN, tiny_base.dtype))
-        expected.append(plain_loop(tiny_base, science))
+        expected.append(plain_loop(tiny_base, science, CHOSEN))
     train_all(engine, trainers, tokens=90)
     for number, (wanted, values) in enumerate(expected):
         assert len(wanted) == 100 and wanted[-1] < wanted[0] - 0.2

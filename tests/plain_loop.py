@@ -1,0 +1,98 @@
+"""Training as PEFT's manual shows it: one adapter, a padded batch, an optimizer, nothing else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import bitsandbytes
+import peft
+import torch
+from peft.optimizers import create_loraplus_optimizer
+from transformers.optimization import Adafactor
+from transformers.trainer_pt_utils import LabelSmoother
+
+from tinyllama_lab.config.schema import Science, TrainConfig
+from tinyllama_lab.core.dataset.dataset import Example
+from tinyllama_lab.core.models.loading import Base
+from tinyllama_lab.core.training.step_schedule import batches
+
+# of a Llama
+GROUPS = {"attention_qv": ["q_proj", "v_proj"], "mlp": ["gate_proj", "up_proj", "down_proj"]}
+# how the manuals of torch, transformers and bitsandbytes make them
+OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "adamw": (torch.optim.AdamW, {}),
+    "adamw_8bit": (bitsandbytes.optim.AdamW8bit, {}),
+    "adafactor": (Adafactor, {"scale_parameter": False, "relative_step": False}),
+    "lion": (bitsandbytes.optim.Lion32bit, {}),
+    "sgd": (torch.optim.SGD, {"momentum": 0.9}),
+}
+
+
+def batch_loss(model: Any, chosen: Sequence[Example], smoothing: float) -> torch.Tensor:
+    """Return the mean cross entropy of all labels of a padded batch, by transformers."""
+    longest = max(len(one.ids) for one in chosen)
+    ids = torch.zeros(len(chosen), longest, dtype=torch.long)
+    labels = torch.full_like(ids, -100)
+    for row, one in enumerate(chosen):
+        ids[row, : len(one.ids)] = torch.tensor(one.ids)
+        labelled = torch.where(torch.tensor(one.loss_mask), torch.tensor(one.ids), -100)
+        labels[row, : len(one.ids)] = labelled
+    output = model(input_ids=ids, labels=labels)
+    if smoothing:
+        smoother = LabelSmoother(epsilon=smoothing)
+        smoothed: torch.Tensor = smoother(output, labels, shift_labels=True)
+        return smoothed
+    loss: torch.Tensor = output.loss
+    return loss
+
+
+def plain_loop(
+    base: Base, science: Science, examples: Sequence[Example]
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Train one trial at a time with PEFT and an optimizer, in the usual way."""
+    torch.manual_seed(science.seed)
+    train, config = science.train, science.lora
+    named = isinstance(config.targets, list)
+    wanted: Any = config.targets if named else GROUPS.get(str(config.targets), "all-linear")
+    settings = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.r,
+        lora_alpha=2 * config.r,
+        target_modules=wanted,
+        use_rslora=config.variant == "rslora",
+        use_dora=config.variant == "dora",
+    )
+    model: Any = peft.get_peft_model(base.model, settings)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    kind, extra = OPTIMIZERS[train.optimizer]
+    options = {"lr": train.lr, "weight_decay": train.weight_decay, **extra}
+    if ratio := train.loraplus_ratio:
+        optimizer = create_loraplus_optimizer(model, kind, loraplus_lr_ratio=ratio, **options)
+    else:
+        optimizer = kind(parameters, **options)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    found = []
+    for step, rows in enumerate(batches(len(examples), train, science.seed)):
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * schedule(step, train.max_steps, train)
+        loss = batch_loss(model, [examples[row] for row in rows], train.label_smoothing)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(float(loss.detach()))
+    trained = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    values = {name: value.clone() for name, value in trained.items()}
+    model.unload()
+    return found, values
+
+
+def schedule(step: int, steps: int, train: TrainConfig) -> float:
+    """Return the factor of the learning rate: a tenth of warm-up, then decay to zero."""
+    warmup = steps // 10
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    done = (step - warmup) / (steps - warmup)
+    return (1 + math.cos(math.pi * done)) / 2 if train.schedule == "cosine" else 1 - done
