@@ -121,6 +121,15 @@ def changed_copy(folder: Path, **settings: Any) -> Path:
     return folder
 
 
+def test_code_that_a_model_brings_is_refused_and_never_run(load: Any, tmp_path: Path) -> None:
+    classes = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    folder = changed_copy(tmp_path / "model", model_type="of_its_own", auto_map=classes)
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: pass\n")
+    with pytest.raises(ModelError, match=r"brings code of its own .* never run: choose") as caught:
+        load(source="local", path=str(folder))
+    assert "trust_remote_code" not in str(caught.value) and not (tmp_path / "ran").exists()
+
+
 def test_a_tokenizer_with_more_tokens_than_the_embedding_has_rows_is_refused(
     load: Any, tmp_path: Path
 ) -> None:

@@ -119,6 +119,12 @@ def _loading(model: ModelConfig, folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, AssertionError, SafetensorError) as error:
+        if "trust_remote_code" in str(error):  # transformers advises to set it
+            raise ModelError(
+                f"model={shown_name(vars(model))} must be a model that transformers itself knows, "
+                f"got {folder}, which brings code of its own (auto_map in config.json); such code "
+                "is never run: choose another model"
+            ) from error
         raise ModelError(
             f"model={shown_name(vars(model))} must be a causal language model as transformers "
             f"saves it, got {folder} ({shown(str(error), 300)}); choose another model, or set "
