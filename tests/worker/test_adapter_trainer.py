@@ -168,6 +168,29 @@ def test_another_process_continues_with_every_bit(
     assert [event["step"] for event in events(second.trial, "metric")] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_no_step_of_an_optimizer_allocates_state(
+    name: str, variant: str, tiny_base: Base, make: Make
+) -> None:
+    """A step that runs out of memory half-way could not be repeated."""
+    engine = PackedEngine(tiny_base)
+    changes = {"lora.r": 64, "lora.variant": variant, "train.optimizer": name, "train.lr": 1e-3}
+    trainer = make(engine, changes | {"train.max_steps": 3})
+
+    def state() -> dict[str, tuple[int, ...]]:
+        stored = trainer._optimizer.torch.state.values()
+        return {
+            f"{number}.{name}": tuple(value.shape) if isinstance(value, torch.Tensor) else ()
+            for number, each in enumerate(stored)
+            for name, value in each.items()
+        }
+
+    before = state()
+    steps(engine, trainer, 1)
+    assert before == state() and before
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_continues_with_every_bit(name: str, tiny_base: Base, make: Make) -> None:
     engine = PackedEngine(tiny_base)

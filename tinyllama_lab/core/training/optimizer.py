@@ -45,6 +45,22 @@ def _lion(groups: Groups, train: TrainConfig) -> torch.optim.Optimizer:
     return Lion32bit(groups, weight_decay=train.weight_decay)
 
 
+def _fill_bitsandbytes(optimizer: Any) -> None:
+    for number, group in enumerate(optimizer.param_groups):
+        for place, matrix in enumerate(group["params"]):
+            optimizer.init_state(group, matrix, number, place)
+
+
+def _fill_adafactor(optimizer: torch.optim.Optimizer) -> None:
+    for matrix in (each for group in optimizer.param_groups for each in group["params"]):
+        shapes = {"exp_avg_sq": matrix.shape}
+        if matrix.ndim > 1:
+            columns = matrix.shape[:-2] + matrix.shape[-1:]
+            shapes = {"exp_avg_sq_row": matrix.shape[:-1], "exp_avg_sq_col": columns}
+        zeros = {name: matrix.new_zeros(shape) for name, shape in shapes.items()}
+        optimizer.state[matrix] = {"step": 0, "RMS": 0, **zeros}
+
+
 @dataclass(frozen=True)
 class _Kind:
     """An optimizer.
@@ -53,18 +69,20 @@ class _Kind:
         make: creates it.
         moments: its state, if that has the shape of the parameters. Such an optimizer updates a
             whole adapter at once; any other one is given each matrix.
+        fill: allocates any other state.
     """
 
     make: Callable[[Groups, TrainConfig], torch.optim.Optimizer]
     moments: tuple[str, ...] = ()
+    fill: Callable[[Any], None] | None = None
 
 
 # by `train.optimizer`; `OPTIMIZERS` of the schema lists the same names
 _KINDS = {
     "adamw": _Kind(_adamw, ("exp_avg", "exp_avg_sq")),
-    "adamw_8bit": _Kind(_adamw_8bit),
-    "adafactor": _Kind(_adafactor),
-    "lion": _Kind(_lion),
+    "adamw_8bit": _Kind(_adamw_8bit, fill=_fill_bitsandbytes),
+    "adafactor": _Kind(_adafactor, fill=_fill_adafactor),
+    "lion": _Kind(_lion, fill=_fill_bitsandbytes),
     "sgd": _Kind(_sgd, ("momentum_buffer",)),
 }
 _STEP = "optimizer_step"  # in a checkpoint, AdamW's count of steps, which all parameters share
@@ -90,6 +108,8 @@ class AdapterOptimizer:
             parameters = [(p, trains_faster(name, p)) for name, p in self._matrices.items()]
         self.torch = kind.make(_groups(parameters, train), train)
         # allocated here: running out of memory inside an update could not be undone
+        if kind.fill is not None:
+            kind.fill(self.torch)
         for parameter in adapter.parameters if kind.moments else ():
             zeros = {name: torch.zeros_like(parameter.detach()) for name in kind.moments}
             self._set(parameter, zeros, 0.0)
