@@ -6,9 +6,8 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,9 +18,8 @@ from tinyllama_lab.config.schema import NO_CARD, PlanConfig, load
 from tinyllama_lab.core.models import tiny
 from tinyllama_lab.core.models.outline import read_config
 from tinyllama_lab.errors import ConfigError, ModelError
-from tinyllama_lab.study.machine import cpu_name
 from tinyllama_lab.study.study import StudyFolder
-from tinyllama_lab.sweep.ask.cost import KnownCosts, known_costs
+from tinyllama_lab.sweep.ask.cost import KnownCosts
 from tinyllama_lab.sweep.check import check_command, composed, grid_cells
 from tinyllama_lab.sweep.execution.slots import find_slots
 from tinyllama_lab.sweep.forecast.command import show_plan
@@ -311,31 +309,6 @@ def test_seconds_come_from_earlier_trials_where_there_are_any(
     assert unknown.seconds(planned, facts) == pytest.approx(40 + 14 * 50 / 3 * 40 / 1000)
     assert speed_of(KnownCosts(), NO_CARD, here, {**facts, "gflops": None}) is None
     assert speed_of(KnownCosts(), NO_CARD, here, {**facts, "dtype": "float16"}) is None
-
-
-@pytest.mark.parametrize("targets", ["all_linear", "attention_qv", "[q_proj,v_proj]"])
-def test_fewer_targets_are_expected_to_train_faster(targets: str, small: Sequence[str]) -> None:
-    typed = ["model=tiny_random", *small, "hardware.device=cpu"]
-    before, after = (
-        check_cells(grid_cells([*typed, f"lora.targets={name}"]))[0]
-        for name in ("all_linear", targets)
-    )
-    earlier = SimpleNamespace(
-        settings=dict(_flattened(asdict(before))),
-        environment={"hardware": cpu_name()},
-        metric={"perf/train_tokens_per_s": 100.0}.get,
-        row=SimpleNamespace(result=None),
-    )
-    studies: Any = {"ranks": SimpleNamespace(trials=[earlier])}
-    # of a step with all 7 modules, 23 % is that of their adapters
-    expected = 100 if targets == "all_linear" else 100 / (0.77 + 0.23 * 2 / 7)
-    assert known_costs(studies, after, None).tokens_per_s == pytest.approx(expected)
-
-
-def _flattened(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    for group, values in config.items():
-        if isinstance(values, dict):
-            yield from ((f"{group}.{name}", value) for name, value in values.items())
 
 
 @pytest.mark.parametrize(

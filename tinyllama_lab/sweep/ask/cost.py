@@ -20,6 +20,7 @@ from tinyllama_lab.report.analysis.earlier import studies_below
 from tinyllama_lab.report.text import counted
 from tinyllama_lab.study.machine import cpu_name, gpu_name
 from tinyllama_lab.study.pack import Pace
+from tinyllama_lab.study.trial import EVAL
 from tinyllama_lab.sweep.plan import PASSES_TO_TRAIN, Plan, Planned, evaluation_work
 
 CHARACTERS_A_TOKEN = 4  # of English text
@@ -155,14 +156,21 @@ def _scorings(trials: Sequence[Scored]) -> Iterator[float]:
     """Yield the seconds that trials took for a unit of `evaluation_work`."""
     for trial in trials:
         whole, training = trial.metric("perf/trial_seconds"), trial.metric("perf/train_seconds")
-        settings = {
-            key.removeprefix("eval."): value
-            for key, value in trial.settings.items()
-            if key.startswith("eval.")
-        }
-        work = evaluation_work(settings, int(trial.settings["data.eval_n"]))
-        if whole and training and whole > training:
+        if not (whole and training and whole > training):
+            continue
+        settings = _first_scoring(trial)
+        if not (settings["general"] or settings["harness"]):  # of which no work is known
+            work = evaluation_work(settings, int(trial.settings["data.eval_n"]))
             yield (whole - training) / work
+
+
+def _first_scoring(trial: Scored) -> dict[str, Any]:
+    """Return the group `eval` of the evaluation whose seconds are those of the trial."""
+    if len(trial.row.evaluations.parts) > 1:  # it was scored again, with settings that count now
+        settings: dict[str, Any] = trial.row.trial.read_config()[EVAL]
+        return settings
+    names = [key for key in trial.settings if key.startswith(f"{EVAL}.")]
+    return {key.removeprefix(f"{EVAL}."): trial.settings[key] for key in names}
 
 
 def _flat(config: Config, key: str) -> Any:
