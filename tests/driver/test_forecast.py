@@ -90,13 +90,20 @@ def test_a_model_without_weights_is_planned_from_its_configuration(
         check_cells(grid_cells([*typed, "lora.r=16"]))
 
 
-def test_a_missing_field_is_named_in_one_sentence(small: Sequence[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "field", ["num_attention_heads", "hidden_size", "vocab_size", "num_hidden_layers"]
+)
+def test_a_missing_field_is_named_in_one_sentence(
+    field: str, small: Sequence[str], tmp_path: Path
+) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny.folder(), folder)
     config = json.loads((folder / "config.json").read_text())
-    del config["num_attention_heads"]
+    # no divisor of the width that transformers assumes where none is written
+    config |= {"num_attention_heads": 9, "num_key_value_heads": 9, "hidden_size": 72}
+    del config[field]
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match="the field num_attention_heads") as raised:
+    with pytest.raises(ModelError, match=f"the field {field}") as raised:
         show_plan(["model=local", f"model.path={folder}", *small])
     assert len(raised.value.problems) == 1
 
@@ -295,7 +302,7 @@ def test_seconds_come_from_earlier_trials_where_there_are_any(
     small: Sequence[str], tmp_path: Path
 ) -> None:
     (planned,) = plan_of(small, tmp_path, "eval.generations=2", "eval.max_new_tokens=40").todo
-    facts = {"tokens": 1000, "tflop": 2.0, "heldout_tokens": 200}
+    facts = {"tokens": 1000, "tflop": 2.0, "heldout_tokens": 200, "gradient_checkpointing": False}
     facts |= {"dtype": "float32", "gflops": 100.0}
     known = KnownCosts(tokens_per_s=50.0, scoring_s=0.5)
     here = {"is_gpu": False, "dtype": "bfloat16"}
@@ -307,6 +314,9 @@ def test_seconds_come_from_earlier_trials_where_there_are_any(
     assert unknown is not None and "100 GFLOP/s" in unknown.source
     # half of the measured rate trains; a row of 50 tokens is scored in a third of the time
     assert unknown.seconds(planned, facts) == pytest.approx(40 + 14 * 50 / 3 * 40 / 1000)
+    # another forward pass beside one, and a backward pass that is as long
+    recomputed = unknown.seconds(planned, {**facts, "gradient_checkpointing": True})
+    assert recomputed == pytest.approx(1.5 * unknown.seconds(planned, facts))
     assert speed_of(KnownCosts(), NO_CARD, here, {**facts, "gflops": None}) is None
     assert speed_of(KnownCosts(), NO_CARD, here, {**facts, "dtype": "float16"}) is None
 

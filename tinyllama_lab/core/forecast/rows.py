@@ -13,6 +13,7 @@ from tinyllama_lab.core.dataset.dataset import DataCache
 from tinyllama_lab.core.dataset.example import Example
 from tinyllama_lab.core.evaluation.losses import general_examples
 from tinyllama_lab.core.models.loading import model_folder, read_tokenizer, repo_to_download
+from tinyllama_lab.core.models.outline import read_config
 from tinyllama_lab.core.training.step_schedule import batches, rows_seen, steps_of
 
 SUPERVISED = 0.5  # share of the tokens of an estimated row; about that of chats
@@ -108,6 +109,8 @@ class RowSource:
         key = repr(model)
         if key not in self._caches:
             is_here = repo_to_download(model) is None and has_tokenizer(model)
+            if is_here:
+                read_config(model)  # first, since its messages name the field
             self._caches[key] = DataCache(*read_tokenizer(model)) if is_here else None
         return self._caches[key]
 

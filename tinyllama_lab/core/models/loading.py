@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -118,7 +119,7 @@ def load_weights(
 def _loading(model: ModelConfig, folder: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, AssertionError, SafetensorError) as error:
+    except (OSError, ValueError, AssertionError, SafetensorError, StrictDataclassError) as error:
         if "trust_remote_code" in str(error):  # transformers advises to set it
             raise ModelError(
                 f"model={shown_name(vars(model))} must be a model that transformers itself knows, "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,20 +144,29 @@ def read_config(model: ModelConfig) -> Any:
     check_task(folder)
     written = {**raw, **(raw.get("text_config") or {})}
     _check_sizes(file, written)
+    known = getattr(CONFIG_MAPPING.get(str(raw["model_type"])), "attribute_map", {})
+    _check_fields(file, written, _FIELDS, known)  # before the architecture checks what it assumes
     try:
         config = AutoConfig.from_pretrained(folder, **TRUSTED_FILES).get_text_config()
     except Exception as error:  # the checks of an architecture raise errors of many classes
         raise _unknown(file, error) from error
     # transformers fills in the sizes of another model without a word
-    names = getattr(config, "attribute_map", {})
-    needed = [
-        *_FIELDS,
-        *(name for name in _IF_USED if isinstance(getattr(config, name, None), int)),
-    ]
+    used = [name for name in _IF_USED if isinstance(getattr(config, name, None), int)]
+    _check_fields(file, written, (*_FIELDS, *used), getattr(config, "attribute_map", {}))
+    return config
+
+
+def _check_fields(
+    file: Path, written: dict[str, Any], needed: Sequence[str], names: Mapping[str, str]
+) -> None:
+    """Refuse a configuration without a size; `names` are those of an architecture.
+
+    Raises:
+        ModelError: with the field and the file.
+    """
     for name in needed:
         if names.get(name, name) not in written and name not in written:
             raise _missing(file, names.get(name, name))
-    return config
 
 
 def _check_sizes(file: Path, written: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from tinyllama_lab.sweep.plan import PASSES_TO_TRAIN, Planned
 
 # Shares of the rate of matmuls that training reaches, from benchmarks/README.md.
 _OF_MEASURED = {"bfloat16": 0.27, "float32": 0.50}  # of the rate measured here, on a CPU
+_RECOMPUTED = 1.5  # FLOPs with another forward pass beside one, and a backward pass as long
 _OF_DATA_SHEET = {True: 0.33, False: 0.40}  # of a GPU's (an H100) and of a CPU's (assumed)
 
 
@@ -38,7 +39,8 @@ class Speed:
     def _training(self, facts: Mapping[str, Any]) -> float:
         if self.tokens_per_s:
             return float(facts["tokens"]) / self.tokens_per_s
-        return float(facts["tflop"]) * 1e12 / self.flops
+        recomputing = _RECOMPUTED if facts["gradient_checkpointing"] else 1.0
+        return recomputing * float(facts["tflop"]) * 1e12 / self.flops
 
 
 def speed_of(
