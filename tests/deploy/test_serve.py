@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import os
@@ -23,9 +24,10 @@ from typing import Any
 import pytest
 
 from tinyllama_lab.deploy.__main__ import main
+from tinyllama_lab.deploy.assistant import Assistant
 from tinyllama_lab.deploy.completer import Completion
 from tinyllama_lab.deploy.selection import select
-from tinyllama_lab.deploy.serving.scheduler import Scheduler
+from tinyllama_lab.deploy.serving.scheduler import Scheduler, StoppingError
 from tinyllama_lab.deploy.serving.serve import Address, HttpServer, load, vllm_command
 from tinyllama_lab.deploy.serving.server import MOST_BYTES, Service
 from tinyllama_lab.errors import ConfigError
@@ -329,21 +331,23 @@ def test_parameters_that_ask_for_nothing_are_taken(client: Client) -> None:
     [
         ({"top_p": 0.9}, "top_p", "top_p must be 1 on this server, got 0.9"),
         ({"n": 2}, "n", "n must be 1 on this server, got 2"),
-        ({"logprobs": True}, "logprobs", "must be False"),
+        ({"logprobs": True}, "logprobs", "must be false"),
         ({"tools": [{}]}, "tools", "tools must be"),
         ({"presence_penalty": 1}, "presence_penalty", "must be 0"),
         ({"guided_json": {}}, "guided_json", "guided_json is not supported by this server"),
         ({"temperature": 2.5}, "temperature", "less than or equal to 2, got 2.5"),
-        ({"temperature": "hot"}, "temperature", "valid number, got 'hot'"),
+        ({"temperature": "hot"}, "temperature", 'valid number, got "hot"'),
         ({"seed": 1.5}, "seed", "got 1.5"),
         ({"stop": ["a"] * 5}, "stop", "at most 4 items"),
         ({"stop": [""]}, "stop.0", "at least 1 character"),
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1, got 0"),
         ({"max_tokens": TOKENS + 1}, "max_tokens", f"at most {TOKENS} .*tokens={TOKENS + 1}"),
-        ({"stream": "yes"}, "stream", "got 'yes'"),
+        ({"messages": [{**USER, "content": 5}]}, "messages.0.content", "a string or a list of"),
+        ({"stop": 5}, "stop", "it must be a string or a list of strings, got 5"),
+        ({"stream": "yes"}, "stream", 'got "yes"'),
         ({"messages": []}, "messages", "at least 1 item"),
         ({"messages": "hi"}, "messages", "valid list"),
-        ({"messages": [{**USER, "role": "tool"}]}, "messages.0.role", "got 'tool'"),
+        ({"messages": [{**USER, "role": "tool"}]}, "messages.0.role", 'got "tool"'),
         ({"messages": [{**USER, "name": "me"}]}, "messages.0.name", "is not supported"),
         ({"messages": [USER, USER]}, "messages", "in turn.*got user, user"),
         ({"messages": [{**USER, "role": "assistant"}]}, "messages", "the last of the user"),
@@ -351,7 +355,7 @@ def test_parameters_that_ask_for_nothing_are_taken(client: Client) -> None:
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
             "messages.0.content.0.type",
-            "should be 'text', got 'image_url'",
+            "should be 'text', got \"image_url\"",
         ),
         ({"messages": [{"role": "user", "content": None}]}, "messages.0.content", "is required"),
         ({"model": None}, "model", "model is required"),
@@ -407,6 +411,62 @@ def test_a_full_queue_is_said_and_free_again_later(service: Service) -> None:
         assert all(text_of(each.result()) for each in running)
         assert client.in_progress() == 0
         client.chat()
+
+
+def test_a_full_queue_costs_no_work_and_a_long_prompt_stops_nobody(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, written = threading.Event(), list[str]()
+    write = Assistant.request
+
+    def slowly(self: Assistant, label: Any, messages: Any, *rest: Any) -> Any:
+        written.append(messages[-1]["content"])
+        assert messages[-1]["content"] != "long" or gate.wait(60)
+        return write(self, label, messages, *rest)
+
+    monkeypatch.setattr(Assistant, "request", slowly)
+    with serving(service, queue=1) as client, ThreadPoolExecutor(1) as pool:
+        long = pool.submit(client.chat, "long")
+        wait_until(lambda: written == ["long"])
+        assert client.in_progress() == 0  # the event loop answers meanwhile
+        gate.set()
+        assert text_of(long.result())
+        hold = threading.Event()
+        slow = Wrapped(service.assistant.completer, lambda: bool(hold.wait(60)) and None)
+        with serving(service, slow, queue=1) as busy:
+            running = pool.submit(busy.chat, "first")
+            wait_until(lambda: busy.in_progress() == 1)
+            assert busy.ask(CHAT, body_of("second"))[0] == 503
+            hold.set()
+            running.result()
+    assert written == ["long", "first"]
+
+
+def test_who_waits_is_told_when_the_server_ends_beside_a_long_step(service: Service) -> None:
+    gate = threading.Event()
+    slow = Wrapped(service.assistant.completer, lambda: bool(gate.wait(60)) and None)
+
+    async def ask() -> list[str]:
+        scheduler = Scheduler(slow, 4)
+        request = service.assistant.request(None, [{"role": "user", "content": "a"}], 4)
+        running = scheduler.begin(request)
+        while not slow.steps:
+            await asyncio.sleep(0.01)
+        answers = [running, scheduler.begin(request)]
+        await asyncio.to_thread(scheduler.close)
+        told = []
+        for answer in answers:
+            with pytest.raises(StoppingError) as caught:
+                await asyncio.wait_for(anext(answer.tokens()), 10)
+            told.append(str(caught.value))
+        gate.set()
+        return told
+
+    try:
+        assert len(asyncio.run(ask())) == 2
+    finally:
+        gate.set()
+        service.assistant.completer.clear()
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -534,7 +594,7 @@ def test_other_sites_cannot_use_a_server_of_this_machine(
         (["device=tpu"], "device must be one of"),
         (["host=0.0.0.0"], "needs a token"),
         (["host=no.such.host.invalid"], "host must be an address of this machine"),
-        (["host=192.0.2.1", "token=x"], "cannot be used"),
+        (["host=192.0.2.1", "token=x"], "cannot be used .* take an address of this machine"),
         (["host=x..y"], "host must be an address of this machine"),
         (["temperature=1"], "this command takes .*got 'temperature=1'"),
     ],
@@ -582,7 +642,7 @@ def test_the_command_prints_what_to_type_and_ends_in_the_middle_of_an_answer(
     out, err = process.stdout.read(), process.stderr.read()
     assert process.wait(60) == 130, err
     assert '"code": "server_ends"' in rest
-    assert "stopped" in err and "Traceback" not in err
+    assert "the server has ended" in err and "Traceback" not in err
     assert "curl http://127.0.0.1" in out and service.models[1] in out
     (line,) = [line for line in out.splitlines() if "vllm serve" in line]
     assert "--enable-lora --max-lora-rank 8 --max-loras 2 --lora-modules" in line

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -67,11 +68,18 @@ class _TextPart(_Strict):
 
 
 def _listed(stop: Any) -> Any:
-    return [stop] if isinstance(stop, str) else stop
+    return [stop] if isinstance(stop, str) else _list_of("strings", stop)
 
 
 def _in_parts(content: Any) -> Any:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+    is_text = isinstance(content, str)
+    return [{"type": "text", "text": content}] if is_text else _list_of("text parts", content)
+
+
+def _list_of(what: str, value: Any) -> Any:
+    if not isinstance(value, list):
+        raise ValueError(f"it must be a string or a list of {what}")
+    return value
 
 
 NonEmpty = Annotated[str, Field(min_length=1)]
@@ -175,10 +183,10 @@ def parse(body: bytes) -> ChatRequest:
         value = fields.pop(name, None)
         allowed = _NEUTRAL.get(name)
         if value is not None and allowed is not None and value not in allowed:
-            values = " or ".join(repr(each) for each in allowed)
+            values = " or ".join(json.dumps(each) for each in allowed)
             raise ApiError(
                 400,
-                f"{name} must be {values} on this server, got {shown(repr(value))}; leave it out",
+                f"{name} must be {values} on this server, got {_shown(value)}; leave it out",
                 "unsupported_value",
                 name,
             )
@@ -208,6 +216,12 @@ def _refusal(error: ValidationError) -> ApiError:
         return ApiError(400, text, "unsupported_parameter", param)
     if problem["type"] == "missing":
         return ApiError(400, f"{param} is required", "missing_required_parameter", param)
-    said = problem["msg"][:1].lower() + problem["msg"][1:]
-    got = shown(repr(problem["input"]))
-    return ApiError(400, f"{param}: {said}, got {got}", "invalid_value", param)
+    said = problem["msg"].removeprefix("Value error, ")
+    said = said[:1].lower() + said[1:]
+    text = f"{param}: {said}, got {_shown(problem['input'])}"
+    return ApiError(400, text, "invalid_value", param)
+
+
+def _shown(value: Any) -> str:
+    """Return a value as JSON, which clients write."""
+    return shown(json.dumps(value, ensure_ascii=False))

@@ -105,6 +105,21 @@ class Scheduler:
         """Return whether nothing can be asked any more."""
         return self._is_closed
 
+    def check_room(self) -> None:
+        """Refuse a request that could not begin now.
+
+        Raises:
+            BusyError: the queue is full.
+            StoppingError: the server ends.
+        """
+        if self._is_closed:
+            raise StoppingError(_STOPPING)
+        if self.in_progress >= self._most:
+            raise BusyError(
+                f"at most {self._most} requests may be in progress, and that many are; "
+                "try again later, or start the server with a larger queue="
+            )
+
     def begin(self, request: Request) -> Answer:
         """Put a request into the queue; called in an event loop.
 
@@ -113,13 +128,7 @@ class Scheduler:
             StoppingError: the server ends.
         """
         with self._changed:
-            if self._is_closed:
-                raise StoppingError(_STOPPING)
-            if self.in_progress >= self._most:
-                raise BusyError(
-                    f"at most {self._most} requests may be in progress, and that many are; "
-                    "try again later, or start the server with a larger queue="
-                )
+            self.check_room()
             answer = Answer(request)
             self._new.append(answer)
             self._changed.notify()
@@ -132,7 +141,10 @@ class Scheduler:
             self._changed.notify()
         self._thread.join(_PATIENCE_S)
         # still there where the thread reads a long prompt; it ends with the process
-        for answer in list(self._begun):
+        with self._changed:
+            waiting = [*self._begun, *self._new]
+            self._new.clear()
+        for answer in waiting:
             answer.send(StoppingError(_STOPPING))
 
     def _run(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import shlex
 import signal
 import socket
@@ -66,10 +67,13 @@ class Address:
             listener.listen()
         except OSError as error:
             listener.close()
+            way = "another port, or port=0 for a free one"
+            if error.errno == errno.EADDRNOTAVAIL:
+                way = "an address of this machine, such as host=127.0.0.1"
             raise ConfigError(
                 [
                     f"host={self.host} port={self.port} cannot be used ({error.strerror}); take "
-                    "another port, or port=0 for a free one"
+                    f"{way}"
                 ]
             ) from None
         return listener, is_local
@@ -89,8 +93,18 @@ def serve(
 
     Raises:
         LabError: the address or the base cannot be used.
-        KeyboardInterrupt: the server was stopped.
+        SystemExit: with 130, the server was stopped.
     """
+    try:
+        _serve(selection, address, device, most, say)
+    except KeyboardInterrupt:
+        say("the server has ended")
+        raise SystemExit(130) from None  # 128 + SIGINT, as shells report it
+
+
+def _serve(
+    selection: Selection, address: Address, device: str, most: tuple[int, int], say: _Say
+) -> None:
     signal.signal(signal.SIGTERM, _interrupt)  # like Ctrl-C, also while the base is loaded
     listener, is_local = address.listen()
     with closing(listener):

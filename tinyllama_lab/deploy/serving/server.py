@@ -8,7 +8,8 @@ import ipaddress
 import time
 from base64 import b64encode
 from collections.abc import Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
@@ -45,6 +46,8 @@ class Service:
     tokens: int  # the most of an answer
     token: str = ""  # that clients must send; empty: none
     is_local: bool = True  # only programs of this machine reach it
+    # one at a time: a tokenizer is not made for several threads
+    _writing: asyncio.Lock = field(init=False, default_factory=asyncio.Lock)
 
     def adapter(self, model: str) -> str | None:
         """Return the adapter that a model's name means; None is the base.
@@ -63,7 +66,7 @@ class Service:
             )
         return model
 
-    def begin(self, chat: ChatRequest) -> Generation:
+    async def begin(self, chat: ChatRequest) -> Generation:
         """Put a request into the queue.
 
         Raises:
@@ -72,8 +75,12 @@ class Service:
         """
         adapter = self.adapter(chat.model)
         messages, tokens = chat.conversation(), chat.tokens(self.tokens)
+        self.scheduler.check_room()  # before the work below, which a full queue would waste
+        write = partial(self.assistant.request, adapter, messages, tokens, chat.sampling)
         try:
-            request = self.assistant.request(adapter, messages, tokens, chat.sampling)
+            async with self._writing:
+                # a long text takes seconds, in which other answers go on
+                request = await asyncio.to_thread(write)
         except DataError as error:
             code = "context_length_exceeded" if "must fit" in str(error) else None
             raise ApiError(400, str(error), code, "messages") from None
@@ -100,7 +107,7 @@ def create_app(service: Service) -> FastAPI:
     @app.post("/v1/chat/completions")
     async def completions(request: Request) -> Response:
         chat = parse(await _body(request))
-        generation = service.begin(chat)
+        generation = await service.begin(chat)
         if chat.stream:
             return _Stream(generation)
         try:
