@@ -226,6 +226,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(status, {"error": "you may not write here"})
             return
         status, answer = answer_upload(hub.uploads, (hub.url, hub.cdn), path, body)
+        if path == "/api/repos/create":
+            made = hub.uploads.made[-1]
+            if ("model", made["full"]) not in hub.repositories:
+                hub.add("model", made["full"], {}, private=made["visibility"] == "private")
         if status == 200 and (match := _API.fullmatch(path)) and match[3] == "commit":
             hub.add("model", match[2], hub.uploads.commits[-1])
         self._answer(status, answer)

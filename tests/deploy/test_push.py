@@ -128,6 +128,16 @@ def push(
     return run
 
 
+def test_what_is_private_does_not_go_to_a_repository_that_is_public(
+    push: Any, server: HubServer
+) -> None:
+    server.add("model", "me/shown", {"README.md": b"mine"})
+    before = list(server.uploads.commits)
+    with pytest.raises(ConfigError, match=r"me/shown is public; set private=false to publish"):
+        push("me/shown")
+    assert server.uploads.commits == before
+
+
 def test_a_base_of_this_machine_is_not_named_by_its_folder(
     push: Any,
     server: HubServer,
@@ -138,7 +148,7 @@ def test_a_base_of_this_machine_is_not_named_by_its_folder(
     (trial,) = study.trials()
     assert str(study.root) not in trial.card_file.read_text()
     (trial.adapter_dir / "notes.txt").write_text("rows of mine")
-    push("me/tiny", "private=false")
+    push("me/open", "private=false")
     assert server.uploads.made[-1]["visibility"] == "public"
     (files,) = server.uploads.commits
     assert files.keys() == UPLOADED

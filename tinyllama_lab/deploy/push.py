@@ -89,6 +89,8 @@ def push(
             say(f"  {file.relative_to(folder)} ({file.stat().st_size:,} bytes)")
         try:
             requests.with_retries(lambda: _upload(folder, to, private))
+        except ConfigError:
+            raise
         except Exception as error:  # errors of the client and of its transport share no base class
             raise LabError(_failure(error, to)) from error
     return f"{requests.endpoint()}/{to}"
@@ -97,6 +99,14 @@ def push(
 def _upload(folder: Path, to: str, private: bool) -> None:
     api = HfApi(endpoint=requests.endpoint())
     api.create_repo(to, private=private, exist_ok=True)
+    # one that was there before keeps its visibility
+    if private and not api.repo_info(to).private:
+        raise ConfigError(
+            [
+                f"private=true needs a private repository, and {to} is public; set private=false "
+                "to publish there, or choose another name"
+            ]
+        )
     message = "Upload an adapter of tinyllama_lab"
     api.upload_folder(repo_id=to, folder_path=folder, commit_message=message)
 
@@ -167,7 +177,10 @@ def _failure(error: BaseException, to: str) -> str:
             f"{reason}; correct the name"
         )
     if type(cause).__name__ in _NO_CONNECTION:
-        return f"push needs the hub, and {requests.endpoint()} does not answer ({reason})"
+        return (
+            f"push needs the hub, and {requests.endpoint()} does not answer ({reason}); check the "
+            "network, HTTPS_PROXY and HF_ENDPOINT, and try again"
+        )
     if requests.may_pass(cause):
         return f"the hub must answer the upload to {target}, got {reason}; try again later"
     return f"the upload to {target} failed: {type(cause).__name__}: {reason}"
