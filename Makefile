@@ -45,7 +45,7 @@ serve: $(READY)  ## Answer in OpenAI's API, with a chat page on http://127.0.0.1
 
 deploy: $(READY)  ## Merge it, write it for llama.cpp, and measure every export again
 	@$(RUN) -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("llama_cpp"))' \
-	  || { echo "compiling llama.cpp, once; some minutes"; $(PIP) -e '.[edge]'; }
+	  || { echo "compiling llama.cpp, once; some minutes"; $(PIP) --no-warn-conflicts -e '.[edge]'; }
 	$(RUN) -m tinyllama_lab.deploy $(ARGS)
 
 ui: $(READY)  ## Open the MLflow UI on the runs, on http://127.0.0.1:5000

@@ -15,6 +15,7 @@ from gguf import GGUFReader
 from transformers import AutoModelForCausalLM
 
 from tinyllama_lab.deploy.__main__ import main
+from tinyllama_lab.deploy.assistant import Assistant
 from tinyllama_lab.deploy.forms import Measured, Task
 from tinyllama_lab.errors import ConfigError, ModelError, StudyError
 from tinyllama_lab.study.study import StudyFolder
@@ -80,6 +81,17 @@ def test_an_export_never_replaces_the_working_folder(
     assert (tmp_path / "here").is_dir()
 
 
+@pytest.mark.parametrize("to", ["{}/file", "{}/file/below", "/proc/model"])
+@pytest.mark.parametrize("force", ["true", "false"])
+def test_a_folder_that_cannot_be_made_is_refused_in_one_sentence(
+    study: StudyFolder, tmp_path: Path, to: str, force: str
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(StudyError, match=r"a merged model .*, got .*; set another to="):
+        run(study, "merge", "trial=r=4", f"to={to.format(tmp_path)}", f"force={force}")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 @pytest.mark.parametrize("holds", ["thesis.tex", "config.json and photos/", "notes.txt"])
 def test_force_replaces_an_earlier_export_and_no_other_folder(
     study: StudyFolder, tmp_path: Path, holds: str
@@ -89,8 +101,9 @@ def test_force_replaces_an_earlier_export_and_no_other_folder(
         path = tmp_path / "mine" / name
         path.parent.mkdir(exist_ok=True)
         path.mkdir() if name.endswith("/") else path.write_text("mine")
-    with pytest.raises(StudyError, match="nothing but an earlier export, and .* holds"):
-        run(study, "merge", "trial=r=4", f"to={tmp_path / 'mine'}", "force=true")
+    for force in ("force=true", "force=false"):
+        with pytest.raises(StudyError, match="nothing but an earlier export, and .* holds"):
+            run(study, "merge", "trial=r=4", f"to={tmp_path / 'mine'}", force)
     assert len([*(tmp_path / "mine").iterdir()]) == len(holds.split(" and "))
 
 
@@ -184,6 +197,38 @@ def test_adapters_alone_share_one_file_of_their_base(
         shutil.rmtree(folder)
 
 
+def test_base_and_adapter_read_their_own_answers_alone(
+    study: StudyFolder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that reads the answers of another one imitates them."""
+    asked: list[tuple[str | None, list[Any]]] = []
+    request = Assistant.request
+
+    def noted(self: Assistant, label: str | None, messages: Any, *rest: Any) -> Any:
+        asked.append((label, list(messages)))
+        return request(self, label, messages, *rest)
+
+    monkeypatch.setattr(Assistant, "request", noted)
+    lines = ["Book a room", "/compare", "Book a room", "And a bus?", "/compare", "Hello"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    run(study, "chat", "trial=r=4", *GREEDY)
+    texts = [[m["content"] for m in messages] for _, messages in asked]
+    of = [label or "base" for label, _ in asked]
+    assert of == [of[0], "base", of[0], "base", of[0], of[0]] and of[0] != "base"
+    assert texts[1] == texts[2] == ["Book a room"] and texts[5] == ["Hello"]
+    printed = capsys.readouterr()
+    answers = re.split(r"\[.*?\]\n", printed.out)[1:]
+    assert texts[3] == ["Book a room", answers[0].strip(), "And a bus?"]
+    assert texts[4] == ["Book a room", answers[1].strip(), "And a bus?"]
+    assert answers[0] != answers[1] and "(base: 6 tokens" in printed.err
+
+
+def test_one_answer_needs_a_question(study: StudyFolder) -> None:
+    for words in (["--once"], ["--once", ""]):
+        with pytest.raises(ConfigError, match="--once needs a question, got none; type --once"):
+            run(study, "chat", *words)
+
+
 def test_forms_are_measured_beside_the_adapter_as_trained(
     study: StudyFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -223,6 +268,44 @@ def test_a_form_that_cannot_be_measured_leaves_the_others_in_the_table(
         main([f"sweeps_dir={study.root}", "study=tiny", "trial=r=2", "types=", "device=cpu"])
     rows = json.loads((trial / "deploy" / "measured.json").read_text())
     assert [row["form"] for row in rows] == ["base", "adapter"]
+    shutil.rmtree(trial / "deploy")
+
+
+def measured_of(trial: Path) -> dict[str, float]:
+    rows = json.loads((trial / "deploy" / "measured.json").read_text())
+    return {row["form"]: row["loss"] for row in rows}
+
+
+def test_a_second_measurement_keeps_what_the_first_one_found(
+    study: StudyFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses = iter(range(1, 99))
+
+    def run_task(task: Task) -> Measured:
+        count = len(task.examples)
+        return Measured([float(next(losses))] * count, [[1]], ["a"], None, 9.0, 1.0, 9.0, "c", "f")
+
+    monkeypatch.setattr("tinyllama_lab.deploy.measure._run", run_task)
+    monkeypatch.setattr("tinyllama_lab.deploy.export.check_installed", lambda *_: None)
+    (trial,) = study.trials_dir.glob("r2-*")
+    typed = [f"sweeps_dir={study.root}", "study=tiny", "trial=r=2", "device=cpu"]
+    main([*typed, "types=f16"])
+    first = measured_of(trial)
+    assert list(first) == ["base", "adapter", "merged", "f16"]
+    main([*typed, "types=q8_0"])
+    second = measured_of(trial)
+    assert list(second) == ["base", "adapter", "merged", "f16", "q8_0"]
+    assert second["f16"] == first["f16"] and second["merged"] > first["merged"]
+    assert (trial / "deploy" / "Modelfile").read_text().startswith("FROM ./model-q8_0.gguf\n")
+    main([*typed, "types=f16,q8_0"])
+    assert (trial / "deploy" / "Modelfile").read_text().startswith("FROM ./model-q8_0.gguf\n")
+    capsys.readouterr()
+    run(study, "gguf", "trial=r=2", "types=f16", "force=true")  # and it is not measured yet
+    assert "not measured yet" in capsys.readouterr().err
+    assert list(measured_of(trial)) == ["base", "adapter", "merged", "q8_0"]
+    (trial / "deploy" / "model-q8_0.gguf").unlink()
+    main([*typed, "types="])
+    assert list(measured_of(trial)) == ["base", "adapter", "merged"]
     shutil.rmtree(trial / "deploy")
 
 

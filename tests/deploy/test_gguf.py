@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 import torch
 from gguf import GGUFReader, dequantize
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import BPE, Unigram
+from tokenizers.pre_tokenizers import ByteLevel, Whitespace
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from tests.llamas import SHAPES, SIZES
 from tests.made_tokenizers import MADE
@@ -93,22 +102,54 @@ def test_weights_are_those_of_the_model_up_to_the_type(
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_transformers_reads_the_tokenizer_as_the_same_or_it_is_refused(
-    tmp_path: Path, name: str
-) -> None:
+def test_transformers_reads_the_tokenizer_as_the_same(tmp_path: Path, name: str) -> None:
     tokenizer = MADE[name]()
     saved(tmp_path / "model", tokenizer)
-    try:
-        write_gguf(tmp_path / "model", tmp_path / "m.gguf", "f16")
-    except ModelError as error:
-        assert "use merge instead" in str(error)
-        return
+    write_gguf(tmp_path / "model", tmp_path / "m.gguf", "f16")
     fields = GGUFReader(tmp_path / "m.gguf").fields
     tokens = fields["tokenizer.ggml.tokens"].contents()
     assert tokens[: len(tokenizer)] == tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     assert fields["tokenizer.ggml.eos_token_id"].contents() == tokenizer.eos_token_id
     assert fields["tokenizer.chat_template"].contents() == tokenizer.chat_template
     assert fields["tokenizer.ggml.add_bos_token"].contents() is False
+
+
+@pytest.mark.parametrize(
+    ("model", "before", "received"),
+    [
+        (Unigram([("<unk>", 0.0), ("a", -1.0)], 0), ByteLevel(), "BPE tokenizers, got Unigram"),
+        (BPE({"<unk>": 0, "a": 1}, []), Whitespace(), r"got \('Whitespace',\)"),
+    ],
+    ids=["Unigram", "Whitespace"],
+)
+def test_a_tokenizer_that_llama_cpp_cannot_read_is_refused(
+    model: Any, before: Any, received: str, tmp_path: Path
+) -> None:
+    raw = Tokenizer(model)
+    raw.pre_tokenizer = before
+    names = {"eos_token": "<unk>", "unk_token": "<unk>"}
+    saved(tmp_path / "model", PreTrainedTokenizerFast(tokenizer_object=raw, **names))
+    with pytest.raises(ModelError, match=f"{received}.*; use merge instead"):
+        write_gguf(tmp_path / "model", tmp_path / "m.gguf", "f16")
+
+
+@pytest.mark.parametrize(
+    ("settings", "received"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act=gelu"),
+        (
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+            "positions in a part of each head",
+        ),
+    ],
+    ids=["activation", "positions"],
+)
+def test_what_llama_cpp_would_compute_otherwise_is_refused(
+    settings: dict[str, Any], received: str, tmp_path: Path
+) -> None:
+    saved(tmp_path / "model", tiny_tokenizer(), **settings)
+    with pytest.raises(ModelError, match=f"plain Llama models, got {received}"):
+        write_gguf(tmp_path / "model", tmp_path / "m.gguf", "f16")
 
 
 def test_other_architectures_are_refused_by_name(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def exported(trial: TrialFolder, difference: float = 0.02) -> None:
             *({"eval/intent_accuracy": 0.75}, 0.98, 60.0, 40.0, 225.0, 90.0),
         ),
     ]
-    Exports(trial.deploy_dir).write_measured(rows)
+    Exports(trial.deploy_dir).add_measured(rows)
 
 
 def trial_of(study: StudyFolder, rank: int) -> TrialFolder:

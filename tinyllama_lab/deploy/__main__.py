@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from tinyllama_lab.errors import ConfigError, ModelError, quiet_interrupt, user_errors
 
 with quiet_interrupt():  # importing these takes a second, in which Ctrl-C may come
+    import psutil
     from rich.console import Console
 
     from tinyllama_lab.config.command import SWEEPS_DIR, study_settings, unquoted
@@ -19,7 +20,7 @@ with quiet_interrupt():  # importing these takes a second, in which Ctrl-C may c
     from tinyllama_lab.deploy.selection import RECOMMENDED, Selection, select
     from tinyllama_lab.output import accept_any_text, line_width
     from tinyllama_lab.report.exports import print_exports
-    from tinyllama_lab.study.exports import Exports
+    from tinyllama_lab.study.exports import MERGED, ORIGINAL, Exports
     from tinyllama_lab.study.files import exists, user_path
     from tinyllama_lab.study.machine import share_cores
     from tinyllama_lab.study.study import StudyFolder
@@ -69,6 +70,9 @@ _PUSH = {"to": "", "private": "true", "license": ""}
 # llama.cpp is there, since it measures the files
 _DEPLOY = {**_GGUF, "types": "f16,q8_0,q4_0,q4_k_m", **_DEVICE}
 
+_LOOK_S, _BUSY_PERCENT = 0.5, 20
+_UNMEASURED = "not measured yet: the same command without merge or gguf does that"
+
 
 class Options:
     """What was typed, over the defaults of a command."""
@@ -81,9 +85,12 @@ class Options:
         """
         self._values = {**_COMMON, **defaults}
         words = list(arguments)
-        if "--once" in words[:-1] and "once" in self._values:
+        if "--once" in words and "once" in self._values:
             at = words.index("--once")
-            words[at : at + 2] = [f"once={words[at + 1]}"]
+            words[at : at + 2] = [f"once={''.join(words[at + 1 : at + 2])}"]
+            # an empty variable of a script must not begin a conversation
+            if words[at] == "once=":
+                raise ConfigError(['--once needs a question, got none; type --once "Book a room"'])
         for word in words:
             name, sign, value = word.partition("=")
             if name not in self._values or not sign:
@@ -184,8 +191,11 @@ def _merge(arguments: Sequence[str]) -> None:
     exports = Exports(trial.deploy_dir)
     own = exports.original_dir if into == "original" else exports.merged_dir
     target = user_path(options.text("to")) if options.text("to") else own
+    if target.resolve() == own.resolve():
+        exports.forget_measured([ORIGINAL if into == "original" else MERGED])
     export_merged(trial, target, into, force)
     print(f"written: {target}")
+    say(_UNMEASURED)
 
 
 def _wanted(options: Options) -> Wanted:
@@ -208,6 +218,7 @@ def _gguf(arguments: Sequence[str]) -> None:
 
     for path in export_gguf(selection, wanted, say):
         print(f"written: {path}")
+    say(_UNMEASURED)
 
 
 def _deploy(arguments: Sequence[str]) -> None:
@@ -216,8 +227,14 @@ def _deploy(arguments: Sequence[str]) -> None:
     selection = options.selection()
     from tinyllama_lab.deploy.export import deploy
 
+    busy = psutil.cpu_percent(_LOOK_S)  # by others: this process sleeps meanwhile
     rows, problems = deploy(selection, wanted, device, say)
     print_exports(rows, Console(width=line_width()))
+    if busy > _BUSY_PERCENT:
+        say(
+            f"note: other programs kept {busy:.0f} % of the cores busy; end them and deploy again "
+            "to compare speeds"
+        )
     print(f"written: {selection.trial.row.trial.deploy_dir}")
     _show(selection.study)
     if problems:

@@ -45,7 +45,8 @@ class Chat:
         self._adapter: str | None = selection.label
         self._compares = False
         self._system = ""
-        self._turns: list[Message] = []
+        # by label: who reads the answers of another one imitates them
+        self._turns: dict[str | None, list[Message]] = {}
 
     def set_system(self, text: str) -> None:
         """Set the system turn; an empty text leaves it out."""
@@ -58,14 +59,15 @@ class Chat:
             LabError: the conversation does not fit the model; it stays as it was.
         """
         system = [{"role": "system", "content": self._system}] if self._system else []
-        turns = [*self._turns, {"role": "user", "content": question}]
-        labels = [None, self._adapter or self._selection.label]
-        answer = ""
-        for label in labels if self._compares else [self._adapter]:
+        both = [None, self._adapter or self._selection.label]
+        turns = dict(self._turns)
+        for label in both if self._compares else [self._adapter]:
             if self._compares:
                 print(f"[{label or 'base'}]", flush=True)
-            answer = self._stream(label, [*system, *turns])
-        self._turns = [*turns, {"role": "assistant", "content": answer}]
+            asked = [*turns.get(label, []), {"role": "user", "content": question}]
+            answer = self._stream(label, [*system, *asked])
+            turns[label] = [*asked, {"role": "assistant", "content": answer}]
+        self._turns = turns
 
     def _stream(self, label: str | None, messages: list[Message]) -> str:
         """Print an answer piece by piece, and return it."""
@@ -79,18 +81,18 @@ class Chat:
             print(pieces[-1], end="", flush=True)
         pieces.append(text.end())
         print(pieces[-1], flush=True)
-        self._print_speed(len(completion.ids), (first or time.perf_counter()) - started, started)
+        first_s = (first or time.perf_counter()) - started
+        self._print_speed(label, len(completion.ids), first_s, started)
         return "".join(pieces).strip()
 
-    def _print_speed(self, tokens: int, first_s: float, started: float) -> None:
+    def _print_speed(self, label: str | None, tokens: int, first_s: float, started: float) -> None:
         """Print what an answer took to standard error, which scripts do not read."""
         rest_s = max(time.perf_counter() - started - first_s, 1e-9)
         speed = f"{(tokens - 1) / rest_s:.0f} tokens/s, " if tokens > 1 else ""
         peak = next(iter(self._memory.read("infer").values()))
-        print(
-            f"({tokens} tokens, {speed}first after {1000 * first_s:.0f} ms, {peak:,.0f} MiB)",
-            file=sys.stderr,
-        )
+        name = f"{label or 'base'}: " if self._compares else ""
+        first = f"first after {1000 * first_s:.0f} ms"
+        print(f"({name}{tokens} tokens, {speed}{first}, {peak:,.0f} MiB)", file=sys.stderr)
 
     def loop(self) -> None:
         """Answer lines of standard input until its end, or until `/quit`."""
@@ -120,19 +122,19 @@ class Chat:
         elif word == "/base":
             self._switch(None, "the model before training")
         elif word == "/compare":
-            self._compares = not self._compares
+            self._compares, self._turns = not self._compares, {}
             state = "base and adapter answer" if self._compares else "one answer again"
-            print(state, file=sys.stderr)
+            print(f"a new conversation: {state}", file=sys.stderr)
         elif word == "/system":
             self.set_system(rest.strip())
         elif word == "/reset":
-            self._turns = []
+            self._turns = {}
         else:
             print(_COMMANDS, file=sys.stderr)
 
     def _switch(self, label: str | None, words: str) -> None:
-        """Begin a new conversation with another model, which would imitate the earlier answers."""
-        self._adapter, self._compares, self._turns = label, False, []
+        """Begin a new conversation with another model."""
+        self._adapter, self._compares, self._turns = label, False, {}
         print(f"a new conversation: answers come from {words}", file=sys.stderr)
 
 

@@ -51,9 +51,10 @@ def export_merged(trial: TrialFolder, target: Path, into: str, force: bool) -> N
     """Write the merged model of a trial into a folder.
 
     Raises:
-        StudyError: the folder exists and `force` is false.
+        StudyError: it cannot be made, holds something else, or exists and `force` is false.
     """
     target = target.resolve()  # `.` has no name to rename to
+    _check_folder(target)
     _check_free(target, force)
     with atomic_folder(target) as folder:
         merge(trial, folder, into)
@@ -77,25 +78,34 @@ def export_gguf(selection: Selection, wanted: Wanted, say: Say) -> list[Path]:
     if models and (wanted.force or not exports.merged_dir.exists()):
         say("merging")
         export_merged(trial, exports.merged_dir, "dequantized", wanted.force)
-    return _write_files(selection, wanted, say)
-
-
-def _write_files(selection: Selection, wanted: Wanted, say: Say) -> list[Path]:
-    """Write the files of `export_gguf` for a trial that is merged."""
-    exports = Exports(selection.trial.row.trial.deploy_dir)
+    exports.forget_measured(wanted.kinds)
+    _write_files(selection, wanted, say)
     base = [_base_file(selection, wanted.base_kind)] if LORA in wanted.kinds else []
+    files = [_file(exports, kind) for kind in wanted.kinds]
+    return [*files, *base, _write_modelfile(selection, wanted)]
+
+
+def _write_files(selection: Selection, wanted: Wanted, say: Say) -> None:
+    """Write the GGUF files of a trial that is merged."""
+    exports = Exports(selection.trial.row.trial.deploy_dir)
     for kind in wanted.kinds:
         if kind == LORA:
             _export_lora(selection, wanted, say)
             continue
         say(f"writing {exports.gguf_file(kind).name}")
         _write_model(exports.merged_dir, exports.gguf_file(kind), kind, say)
+
+
+def _write_modelfile(selection: Selection, wanted: Wanted) -> Path:
+    """Write what Ollama makes a model of, from the last of the files."""
+    exports = Exports(selection.trial.row.trial.deploy_dir)
     last = _file(exports, wanted.kinds[-1])
     lines = [f"FROM ./{last.name}"]
     if last == exports.lora_file:
-        lines = [f"FROM {base[0].resolve()}", f"ADAPTER ./{last.name}"]
+        base = _base_file(selection, wanted.base_kind)
+        lines = [f"FROM {base.resolve()}", f"ADAPTER ./{last.name}"]
     write_atomic(exports.modelfile, "\n".join([*lines, "PARAMETER temperature 0"]) + "\n")
-    return [*(_file(exports, kind) for kind in wanted.kinds), *base, exports.modelfile]
+    return exports.modelfile
 
 
 def check_kinds(trial: TrialFolder, wanted: Wanted) -> None:
@@ -179,18 +189,39 @@ def _check_free(target: Path, force: bool) -> None:
     """
     if not target.exists():
         return
-    if not force:
-        raise StudyError(
-            f"an export must not replace another one, and {target} exists; set force=true"
-        )
     # a user may have typed the name of any folder
     if target in (Path.cwd(), *Path.cwd().parents):
         raise StudyError(f"an export must have a folder of its own, got {target}; set to=my_model")
     if target.is_dir() and (other := next(_others(target), None)):
         raise StudyError(
-            f"force=true must replace nothing but an earlier export, and {target} holds {other}; "
+            f"an export must replace nothing but an earlier export, and {target} holds {other}; "
             "choose another folder"
         )
+    if not force:
+        raise StudyError(
+            f"an export must not replace another one, and {target} exists; set force=true"
+        )
+
+
+def _check_folder(target: Path) -> None:
+    """Refuse, before minutes of work, a folder that cannot be made.
+
+    Raises:
+        StudyError: it cannot.
+    """
+    if target.exists() and not target.is_dir():
+        raise StudyError(
+            f"a merged model must be a folder, got the file {target}; set another to="
+        )
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent):
+            pass
+    except OSError as error:
+        raise StudyError(
+            f"a merged model needs a folder that can be written, got {target} ({error.strerror}); "
+            "set another to="
+        ) from None
 
 
 def _others(folder: Path) -> Iterator[str]:
@@ -233,6 +264,7 @@ def deploy(
     missing = [k for k in wanted.kinds if wanted.force or not all(f.exists() for f in forms[k])]
     if missing:
         _write_files(selection, replace(wanted, kinds=missing), say)
+    if wanted.kinds:
+        _write_modelfile(selection, wanted)
     rows, problems = measure_forms(trial, forms, device, lambda form: say(f"measuring {form}"))
-    exports.write_measured(rows)
-    return rows, problems
+    return exports.add_measured(rows), problems

@@ -104,11 +104,14 @@ def check_architecture(config: Any) -> None:
     Raises:
         ModelError: it is not.
     """
-    scaling = (config.rope_parameters or {}).get("rope_type", "default")
+    rope = config.rope_parameters or {}
+    scaling = rope.get("rope_type", "default")
     problems = [
         f"architecture {config.model_type}" * (config.model_type != "llama"),
         "biases in its linear layers" * bool(getattr(config, "attention_bias", False)),
         "biases in its linear layers" * bool(getattr(config, "mlp_bias", False)),
+        f"hidden_act={config.hidden_act}" * (config.hidden_act != "silu"),
+        "positions in a part of each head" * (rope.get("partial_rotary_factor", 1.0) != 1),
         f"{scaling} scaling of positions" * (scaling not in ("default", "linear", "llama3")),
     ]
     if received := next(filter(None, problems), None):

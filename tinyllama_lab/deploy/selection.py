@@ -85,9 +85,11 @@ def _trial(study: Study, wanted: str) -> tuple[Trial, str]:
             return trials[0], "the recommended setting, at its best seed"
     if wanted in (RECOMMENDED, BEST):
         if (best := study.best()) is None:
+            is_any = any(trial.state == "done" for trial in study.trials)
+            way = f"name one of: {_names(study)}" if is_any else "wait until a trial is done"
             raise StudyError(
                 f"trial={wanted} needs trials that can be compared, and {study.name} has none; "
-                f"name one of: {_names(study)}"
+                f"{way}"
             )
         why = "the lowest held-out loss"
         return best, why if wanted == BEST else f"{why}; nothing is recommended"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from tinyllama_lab.study.files import write_atomic
 # forms of a model; all others are types of GGUF files with a whole model
 BASE, TRAINED = "base", "adapter"
 MERGED, ORIGINAL = "merged", "original"  # into weights of training, or those before quantization
+_MODELS_FIRST = (BASE, TRAINED, MERGED, ORIGINAL)
 LORA = "lora"  # an adapter alone in a GGUF file, beside that of its base
 
 
@@ -76,10 +77,31 @@ class Exports:
         """Return the GGUF file of a base without adapter; `key` tells several bases apart."""
         return self.folder / f"base-{key}-{kind}.gguf"
 
-    def write_measured(self, rows: Sequence[ExportRow]) -> None:
-        """Record how the exports compare."""
+    def add_measured(self, rows: Sequence[ExportRow]) -> list[ExportRow]:
+        """Record how exports compare, beside others that are still there, and return all rows."""
+        forms = {row.form for row in rows}
+        others = [row for row in self.read_measured()[0] if row.form not in forms]
+        kept = [row for row in others if self._path(row.form).exists()]
+        merged = [row for row in rows if row.form in _MODELS_FIRST]
+        files = [row for row in rows if row.form not in _MODELS_FIRST]
+        self._write([*merged, *kept, *files])
+        return [*merged, *kept, *files]
+
+    def forget_measured(self, forms: Collection[str]) -> None:
+        """Remove the rows of exports that are written again."""
+        rows, _ = self.read_measured()
+        if any(row.form in forms for row in rows):
+            self._write([row for row in rows if row.form not in forms])
+
+    def _write(self, rows: Sequence[ExportRow]) -> None:
         record = [asdict(row) for row in rows]
         write_atomic(self.measured_file, json.dumps(record, indent=2) + "\n")
+
+    def _path(self, form: str) -> Path:
+        """Return where a form is exported to; the folder for what needs no export."""
+        folders = {BASE: self.folder, TRAINED: self.folder, LORA: self.lora_file}
+        folders |= {MERGED: self.merged_dir, ORIGINAL: self.original_dir}
+        return folders.get(form) or self.gguf_file(form)
 
     def read_measured(self) -> tuple[list[ExportRow], str | None]:
         """Return the recorded rows, or none and why they cannot be read (None if not written)."""

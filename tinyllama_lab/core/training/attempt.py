@@ -152,13 +152,12 @@ class Attempt:
             "trainable_params": trainer.adapter.trainable_params,
         }
         self._save_adapter(trainer.adapter)
-        weights = self.trial.weights_file
         self.result.metrics |= {
             "train/loss": progress.losses[-1],
             "perf/train_tokens_per_s": progress.tokens_per_s,
             "perf/train_seconds": progress.seconds,
             "perf/train_tflop": self._tflop(trainer),
-            "size/adapter_mib": weights.stat().st_size / MIB,
+            "size/adapter_mib": self.trial.weights_file.stat().st_size / MIB,
             "size/trainable_params": float(trainer.adapter.trainable_params),
             **progress.memory,
         }
@@ -172,11 +171,12 @@ class Attempt:
     def _save_adapter(self, adapter: Adapter) -> None:
         """Save the adapter's folder atomically: a killed worker leaves all of it or nothing.
 
-        It holds the tokenizer too. Evaluations of an earlier adapter are removed.
+        It holds the tokenizer too. Evaluations and exports of an earlier adapter are removed.
         """
         trial, context = self.trial, self._context
         # first, so that no kill leaves old scores with a new adapter
-        shutil.rmtree(trial.eval_dir, ignore_errors=True)
+        for of_earlier in (trial.eval_dir, trial.deploy_dir):
+            shutil.rmtree(of_earlier, ignore_errors=True)
         with atomic_folder(trial.adapter_dir) as temporary:
             adapter.save(temporary)
             # of a set of the hub, the rows decide the style, which the configuration lacks
