@@ -7,12 +7,15 @@ The first word may also be another command: `data`, `ask`, `plan`, `doctor`, `ev
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tinyllama_lab import __version__
 from tinyllama_lab.errors import ConfigError, quiet_interrupt, user_errors
+
+_BEGAN = time.monotonic()  # before imports that take a second of the time of `doctor`
 
 with quiet_interrupt():  # importing these takes half a second, in which Ctrl-C may come
     import hydra
@@ -120,7 +123,7 @@ def _report(arguments: list[str]) -> int:
 def _doctor(arguments: list[str]) -> int:
     from tinyllama_lab.sweep.doctor.command import doctor  # late: no other command needs it
 
-    return doctor(arguments)
+    return doctor(arguments, _BEGAN)
 
 
 def _evaluate(arguments: list[str]) -> int:

@@ -9,8 +9,9 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import webbrowser
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,14 @@ import pytest
 
 from tests import grid
 from tinyllama_lab.config.schema import Config, TrackingConfig, load
+from tinyllama_lab.data import hub
+from tinyllama_lab.errors import LabError
 from tinyllama_lab.sweep.check import composed
-from tinyllama_lab.sweep.doctor import machine, places
-from tinyllama_lab.sweep.doctor.finding import Finding, Level
+from tinyllama_lab.sweep.doctor import command, machine, places
+from tinyllama_lab.sweep.doctor.deadline import Deadline, in_time
+from tinyllama_lab.sweep.doctor.finding import Finding, Level, ok
 from tinyllama_lab.sweep.doctor.fit import fit
+from tinyllama_lab.sweep.forecast import process as forecast_process
 from tinyllama_lab.sweep.forecast.process import Forecasting
 
 ROOT = Path(__file__).parents[2]
@@ -39,6 +44,14 @@ ANSWER: dict[str, Any] = {
     "int8": "",
     "loops": "",
 }
+LONG_S = 600.0  # no machine is that busy
+# the command, with time for a busy machine
+UNHURRIED = f"""
+import sys
+from tinyllama_lab.sweep.doctor import command
+command._SECONDS = {LONG_S}
+sys.exit(command.doctor(sys.argv[1:]))
+"""
 
 
 def config(*overrides: str) -> Config:
@@ -56,7 +69,7 @@ def is_root() -> bool:
 @pytest.mark.slow
 def test_doctor_checks_a_command_and_trains_nothing(tmp_path: Path) -> None:
     (tmp_path / "mlruns").write_text("a file in the way")
-    command = [sys.executable, "-m", "tinyllama_lab", "doctor", "model=tiny_random", "quant=nf4"]
+    arguments = [sys.executable, "-c", UNHURRIED, "model=tiny_random", "quant=nf4"]
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
@@ -64,7 +77,9 @@ def test_doctor_checks_a_command_and_trains_nothing(tmp_path: Path) -> None:
         "HF_TOKEN": "hf_x",
     }
     environment |= {"HF_HOME": str(tmp_path / "hf"), "CXX": "none"}
-    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    ended = subprocess.run(
+        arguments, cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
     assert ended.returncode == 1 and ended.stderr == ""
     found = {line.split()[1]: line.split()[0] for line in ended.stdout.splitlines()[:-1]}
     assert found.pop("database") == "problem"
@@ -116,10 +131,9 @@ def test_a_card_that_is_only_planned_for_is_no_missing_gpu() -> None:
 )
 def test_a_wrong_setting_is_refused_as_in_a_sweep(words: list[str], message: str) -> None:
     from tinyllama_lab.errors import ConfigError
-    from tinyllama_lab.sweep.doctor.command import doctor
 
     with pytest.raises(ConfigError, match=message):
-        doctor(words)
+        command.doctor(words)
 
 
 def test_versions_are_compared_with_what_the_package_needs(
@@ -168,7 +182,7 @@ def test_a_machine_without_a_compiler_says_so(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    answer = machine.Probe().answer()
+    answer = machine.Probe().answer(LONG_S)
     assert isinstance(answer, dict), answer
     compiler = lines(machine.devices(answer, config()))["compiler"]
     assert compiler.level is Level.WARNING
@@ -179,7 +193,7 @@ def test_a_machine_without_a_compiler_says_so(
 def test_a_broken_pytorch_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "torch.py").write_text("raise ImportError('libtorch_cpu.so: not found')\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    answer = machine.Probe().answer()
+    answer = machine.Probe().answer(LONG_S)
     assert answer == "ImportError: libtorch_cpu.so: not found"
 
 
@@ -299,6 +313,10 @@ def test_a_server_that_does_not_answer_is_a_problem(
     assert "secret" not in refused.text
 
 
+def hub_lines() -> dict[str, Finding]:
+    return lines([*places.hub_files(), places.hub_access(places.hub_silence())])
+
+
 def test_the_hub_is_reachable_or_the_cache_alone_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -309,14 +327,14 @@ def test_the_hub_is_reachable_or_the_cache_alone_is_used(
     with socket.create_server(("127.0.0.1", 0)) as listening:
         address = f"http://127.0.0.1:{listening.getsockname()[1]}"
         monkeypatch.setenv("HF_ENDPOINT", address)
-        found = lines(places.hub_access())
+        found = hub_lines()
     assert [finding.level for finding in found.values()] == [Level.OK] * 3
     assert found["hub"].text == f"{address} answers" and found["token"].text == "there is one"
-    found = lines(places.hub_access())
+    found = hub_lines()
     assert found["hub"].level is Level.WARNING and "Connection refused" in found["hub"].text
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "hf").write_text("a file in the way")
-    found = lines(places.hub_access())
+    found = hub_lines()
     assert found["hub"].level is Level.OK and "only what is in the cache" in found["hub"].text
     assert found["cache"].level is Level.PROBLEM and "set HF_HOME=" in found["cache"].text
 
@@ -326,10 +344,10 @@ def test_model_and_data_are_here_or_the_line_says_how_to_get_them(
 ) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    here = lines(places.model_and_data([config(), config("lora.r=3")]))
+    here = lines(places.model_and_data([config(), config("lora.r=3")], Deadline(LONG_S)))
     assert {finding.level for finding in here.values()} == {Level.OK}
     wanted = config("model=tinyllama", "data=file", f"data.path={tmp_path}/none.jsonl")
-    gone = lines(places.model_and_data([wanted]))
+    gone = lines(places.model_and_data([wanted], Deadline(LONG_S)))
     assert {finding.level for finding in gone.values()} == {Level.PROBLEM}
     assert "HF_HUB_OFFLINE forbids connections" in gone["model"].text
     assert "none.jsonl" in gone["data"].text
@@ -339,8 +357,179 @@ def test_model_and_data_are_here_or_the_line_says_how_to_get_them(
     (repo / "refs").mkdir(parents=True)
     (repo / "refs" / "main").write_text(commit)
     monkeypatch.setattr(places, "model_identity", lambda model: commit)
-    to_load = lines(places.model_and_data([config("model=hub", "model.repo=o/m")]))["model"]
+    known = [config("model=hub", "model.repo=o/m")]
+    to_load = lines(places.model_and_data(known, Deadline(LONG_S)))["model"]
     assert (to_load.level, to_load.text) == (
         Level.OK,
         "hub: o/m is downloaded at the first use",
     )
+
+
+# ---- the time of the command -----------------------------------------------------------------
+
+
+@pytest.fixture
+def released() -> Iterator[threading.Event]:
+    """An event on which a fake waits; at the end of the test it is set, and all threads end."""
+    event, before = threading.Event(), set(threading.enumerate())
+    yield event
+    event.set()
+    for thread in set(threading.enumerate()) - before:
+        thread.join(LONG_S)
+
+
+@pytest.fixture
+def online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with an empty cache that may ask a hub of four addresses."""
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")  # the client has noted the file of another test
+    monkeypatch.setenv("HF_ENDPOINT", "https://hub.example")
+    monkeypatch.chdir(tmp_path)
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (f"192.0.2.{n}", 443)) for n in range(4)]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **options: found)
+
+
+class Sockets:
+    """Addresses that are silent for as long as they are waited for, but for those that answer."""
+
+    def __init__(self, answering: tuple[str, ...] = ()) -> None:
+        self.answering = answering
+        self.waited: list[float] = []
+
+    def create_connection(self, address: tuple[str, int], timeout: float) -> socket.socket:
+        self.waited.append(timeout)
+        if address[0] not in self.answering:
+            raise TimeoutError("timed out")
+        return socket.socket()
+
+
+class FakeProbe:
+    """A PyTorch that answers at once, or too late."""
+
+    def __init__(self) -> None:
+        self.is_late = False
+        self.timeouts: list[float] = []
+
+    def answer(self, timeout_s: float) -> dict[str, Any]:
+        self.timeouts.append(timeout_s)
+        if self.is_late:
+            raise TimeoutError
+        return ANSWER
+
+    def close(self) -> None:
+        """Nothing runs."""
+
+
+class SlowForecasting(Forecasting):
+    """A forecast that does not come before the end of the test."""
+
+    def __init__(self, released: threading.Event) -> None:
+        self.released = released
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing runs."""
+
+    def ask(self, *_: object) -> dict[str, Any]:
+        self.released.wait()
+        raise LabError("ended with the test")
+
+
+def test_a_check_is_awaited_until_the_deadline(released: threading.Event) -> None:
+    def refuse() -> list[Finding]:
+        raise LabError("refused")
+
+    deadline = Deadline(LONG_S)
+    assert 0 < deadline.left() <= LONG_S
+    assert list(in_time("files", deadline.start(lambda: [ok("files", "here")]), "")) == [
+        ok("files", "here")
+    ]
+    with pytest.raises(LabError, match="refused"):
+        deadline.start(refuse)()
+    over = Deadline(0.0)
+    assert over.left() == 0.0
+    for blocked in (over.start(released.wait), deadline.start(released.wait, at_most_s=0.01)):
+        (late,) = in_time("files", blocked, "set another folder")
+        assert late == Finding(Level.WARNING, "files", "not checked in time; set another folder")
+
+
+@pytest.mark.usefixtures("online")
+def test_the_addresses_of_a_server_share_one_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sockets = Sockets()
+    monkeypatch.setattr(socket, "create_connection", sockets.create_connection)
+    assert places.hub_silence() == "https://hub.example does not answer (timed out)"
+    assert len(sockets.waited) == 4 and sum(sockets.waited) <= places._CONNECT_S
+    sockets.waited.clear()
+    server = places.database(tracking("http://mlflow.example:5000"), tmp_path)
+    assert server.level is Level.PROBLEM and "must answer, got: timed out" in server.text
+    assert len(sockets.waited) == 4 and sum(sockets.waited) <= places._CONNECT_S
+    sockets.answering = ("192.0.2.3",)  # the last one
+    assert places.hub_silence() == ""
+
+
+@pytest.mark.usefixtures("online")
+def test_a_hub_that_does_not_answer_is_asked_for_nothing(
+    monkeypatch: pytest.MonkeyPatch, released: threading.Event, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str] = []
+    probe = FakeProbe()
+    monkeypatch.setattr(command, "_SECONDS", LONG_S)
+    monkeypatch.setattr(machine, "Probe", lambda: probe)
+    monkeypatch.setattr(command, "Forecasting", lambda: SlowForecasting(released))
+    monkeypatch.setattr(socket, "create_connection", Sockets().create_connection)
+    monkeypatch.setattr(hub, "_commit", lambda repo, *_: asked.append(repo))
+    assert command.doctor(["model=tinyllama", "data=dolly"]) == 1
+    found = {line.split()[1]: line for line in capsys.readouterr().out.splitlines()}
+    assert found["hub"].startswith("warning") and "(timed out): only what is in" in found["hub"]
+    for topic in ("model", "data", "plan"):
+        assert found[topic].startswith("problem")
+        assert "and https://hub.example does not answer (timed out); with a" in found[topic]
+    assert asked == [] and not hub.is_offline()
+    assert "PyTorch uses 2 threads" in found["cpu"]
+    assert len(probe.timeouts) == 1 and 0 < probe.timeouts[0] <= LONG_S
+
+
+@pytest.mark.usefixtures("online")
+def test_what_is_late_is_a_warning_and_the_command_ends(
+    monkeypatch: pytest.MonkeyPatch, released: threading.Event, capsys: pytest.CaptureFixture[str]
+) -> None:
+    probe = FakeProbe()
+    probe.is_late = True
+    monkeypatch.setattr(command, "_SECONDS", 0.01)
+    monkeypatch.setattr(machine, "Probe", lambda: probe)
+    monkeypatch.setattr(command, "Forecasting", lambda: SlowForecasting(released))
+    # neither the look-up of the name nor a request for a commit ends
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **options: released.wait() and [])
+    monkeypatch.setattr(places, "model_identity", lambda model: released.wait() and "1")
+    assert command.doctor([*grid.SMALL, "tracking=none"]) == 0
+    *printed, last = capsys.readouterr().out.splitlines()
+    found = {line.split()[1]: line for line in printed}
+    assert "https://hub.example does not answer in time" in found["hub"]
+    assert {"python", "packages", "load", "browser", "llama.cpp"} < set(found)
+    for topic in ("model", "torch", "plan"):
+        assert re.match(rf"warning {topic} +not checked in time; \w+", found[topic])
+    assert probe.timeouts == [0.0]
+    assert last.startswith("no problem; the warnings say")
+
+
+def test_processes_that_are_late_are_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, released: threading.Event
+) -> None:
+    (tmp_path / "silent.py").write_text("import time\ntime.sleep(3600)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(forecast_process, "_MODULE", "silent")
+    with Forecasting() as process:
+        late = Deadline(0.05).start(lambda: process.ask([], {}, {}))
+        with pytest.raises(TimeoutError):
+            late()
+    assert process._process.returncode == -9
+    probe = machine.Probe()
+    with pytest.raises(TimeoutError):
+        probe.answer(0.0)
+    probe.close()
+    assert probe._process.returncode == -9

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +39,7 @@ _TEMPLATE_FILES = (
     "tokenizer_config.json",
     "additional_chat_templates/*",
 )
+_silence = ""  # why the hub is not asked, beside the environment; see `cache_only`
 
 
 def cached_snapshot(repo: str, revision: str | None, kind: Kind) -> Path | None:
@@ -87,7 +90,7 @@ def resolve(repo: str, revision: str | None, kind: Kind) -> str:
     if cached is not None:
         return cached.name
     if is_offline():
-        raise _unavailable(repo, kind, "HF_HUB_OFFLINE forbids connections to the hub")
+        raise _unavailable(repo, kind, _why_offline())
     _check_cache(repo, kind)  # the worker downloads later: refuse before the sweep starts
     try:
         commit = with_retries(lambda: _commit(repo, revision, kind))
@@ -123,7 +126,7 @@ def download(repo: str, commit: str, kind: Kind) -> Path:
     if cached is not None:
         return cached
     if is_offline():
-        raise _unavailable(repo, kind, "HF_HUB_OFFLINE forbids connections to the hub")
+        raise _unavailable(repo, kind, _why_offline())
     try:
         folder = with_retries(lambda: _fetch(repo, commit, kind))
     except LabError:
@@ -223,7 +226,7 @@ def config_folder(repo: str, commit: str) -> Path:
     if (cached / "config.json").is_file():
         return cached
     if is_offline():
-        raise _unavailable(repo, "model", "HF_HUB_OFFLINE forbids connections to the hub")
+        raise _unavailable(repo, "model", _why_offline())
     try:
         from huggingface_hub import hf_hub_download
 
@@ -303,9 +306,31 @@ def _wanted(names: list[str], kind: Kind) -> list[str]:
 
 
 def is_offline() -> bool:
-    """Return whether the environment forbids connections to the hub."""
+    """Return whether the hub must not be asked."""
+    return bool(_why_offline())
+
+
+def _why_offline() -> str:
+    """Return why the hub must not be asked; empty if it may be."""
     value = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
-    return value.upper() in ("1", "ON", "YES", "TRUE")
+    if value.upper() in ("1", "ON", "YES", "TRUE"):
+        return "HF_HUB_OFFLINE forbids connections to the hub"
+    return _silence
+
+
+@contextmanager
+def cache_only(reason: str) -> Iterator[None]:
+    """Use the cache alone until the block ends, in all threads.
+
+    Args:
+        reason: why the hub is not asked, for messages; if it is empty, the hub is asked.
+    """
+    global _silence
+    before, _silence = _silence, reason
+    try:
+        yield
+    finally:
+        _silence = before
 
 
 def _failed(error: Exception, repo: str, revision: str | None, kind: Kind) -> LabError:

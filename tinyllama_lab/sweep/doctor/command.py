@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from tinyllama_lab.config.schema import Config, load
+from tinyllama_lab.data import hub, hub_requests
 from tinyllama_lab.errors import ConfigError, shown
 from tinyllama_lab.output import line_width
 from tinyllama_lab.study.files import user_path
@@ -19,6 +20,7 @@ from tinyllama_lab.sweep.check import (
     single_values,
 )
 from tinyllama_lab.sweep.doctor import machine, places
+from tinyllama_lab.sweep.doctor.deadline import PATIENT, Deadline, in_time, late
 from tinyllama_lab.sweep.doctor.finding import Finding, Level
 from tinyllama_lab.sweep.doctor.fit import fit
 from tinyllama_lab.sweep.forecast.process import Forecasting
@@ -32,13 +34,19 @@ HELP = f"""\
 Checks what a sweep with these settings needs: versions, devices, quantization, disk and file
 system, the database, the hub, model and data; and whether its trials fit. Each line is ok, a
 warning or a problem, with what to do about it. Trains and downloads no weights. The exit status is
-1 if there is a problem."""
+1 if there is a problem. Ends within 10 s; what takes longer is not checked in time."""
+_SECONDS = 9.2  # of the 10; Python starts and ends in the rest
+_WAIT_S = 4.0  # for what should answer at once: a disk, a server
 _STYLES = {Level.OK: "green", Level.WARNING: "yellow", Level.PROBLEM: "bold red"}
 _CHANGING = (*DATA_SETTINGS, "quant", "hardware", "tracking", "train.precision")
 
 
-def doctor(arguments: Sequence[str]) -> int:
+def doctor(arguments: Sequence[str], began: float | None = None) -> int:
     """Print a line for each check, and return the exit status.
+
+    Args:
+        arguments: the settings of a sweep.
+        began: when the process did, by `time.monotonic`; None: now.
 
     Raises:
         ConfigError: a setting is wrong.
@@ -46,10 +54,10 @@ def doctor(arguments: Sequence[str]) -> int:
     if any(word in ("-h", "--help") for word in arguments):
         print(HELP)
         return 0
+    deadline = Deadline(_SECONDS, began)
     typed = settings_only("doctor", arguments, USAGE)
-    configs = _configs(typed)
     console, worst = Console(width=line_width()), Level.OK
-    for finding in _findings(configs, typed, Path.cwd()):
+    for finding in _findings(typed, Path.cwd(), deadline):
         if finding.level is Level.PROBLEM or worst is Level.OK:
             worst = finding.level
         _print(console, finding)
@@ -82,29 +90,64 @@ def _configs(typed: Sequence[str]) -> list[Config]:
     return [load(composed(overrides).raw) for overrides in product(*choices)]
 
 
-def _findings(configs: Sequence[Config], typed: Sequence[str], workdir: Path) -> Iterator[Finding]:
-    config = configs[0]
-    sweeps = workdir / user_path(config.sweeps_dir)
-    probe, process = machine.Probe(), Forecasting()  # both import torch meanwhile
+def _findings(typed: Sequence[str], workdir: Path, deadline: Deadline) -> Iterator[Finding]:
+    # first, because both import torch for seconds; the forecast has more to do
+    process, probe = Forecasting(), machine.Probe()
     try:
+        configs = _configs(typed)
+        config = configs[0]
+        # what may wait for a network waits at the same time
+        disk = deadline.start(lambda: _disk(config, workdir), _WAIT_S)
+        tracking = deadline.start(lambda: [places.database(config.tracking, workdir)], _WAIT_S)
+        cache = deadline.start(lambda: list(places.hub_files()), _WAIT_S)
+        silence = deadline.start(places.hub_silence, _WAIT_S)
         yield from machine.packages()
         yield machine.load()
-        yield from places.disk(sweeps, f"sweeps_dir={config.sweeps_dir}")
-        yield from places.file_system(sweeps)
-        yield places.database(config.tracking, workdir)
-        yield from places.hub_access()
-        yield from places.model_and_data(configs)
-        yield machine.browser()
-        yield machine.llama_cpp()
-        answer = probe.answer()
-        seen: set[Finding] = set()
-        for each in configs:
-            yield from (f for f in machine.devices(answer, each) if f not in seen)
-            seen |= set(machine.devices(answer, each))
-        yield from fit(typed, workdir, process)
+        yield from in_time("disk", disk, "set sweeps_dir to a local disk")
+        yield from in_time("database", tracking, "check the network, or set tracking=none")
+        yield from in_time("cache", cache, "set HF_HOME to a folder on a local disk")
+        reason = _reason(silence)
+        with hub.cache_only(reason):
+            yield places.hub_access(reason)
+            yield from places.model_and_data(configs, deadline)
+            plan = deadline.start(lambda: list(fit(typed, workdir, process)))
+            yield machine.browser()
+            yield machine.llama_cpp()
+            yield from _devices(configs, probe, deadline)
+            yield from in_time(
+                "plan", plan, f"end other programs, or take a command that waits: {PATIENT}"
+            )
     finally:
         probe.close()
         process.__exit__()
+
+
+def _disk(config: Config, workdir: Path) -> list[Finding]:
+    sweeps = workdir / user_path(config.sweeps_dir)
+    named = f"sweeps_dir={config.sweeps_dir}"
+    return [*places.disk(sweeps, named), *places.file_system(sweeps)]
+
+
+def _reason(silence: Callable[[], str]) -> str:
+    """Return why the hub is not asked; empty if it is."""
+    try:
+        return silence()
+    except TimeoutError:
+        return f"{hub_requests.endpoint()} does not answer in time"
+
+
+def _devices(
+    configs: Sequence[Config], probe: machine.Probe, deadline: Deadline
+) -> Iterator[Finding]:
+    try:
+        answer = probe.answer(deadline.left())
+    except TimeoutError:
+        yield late("torch", "end other programs, and repeat the command")
+        return
+    seen: set[Finding] = set()
+    for config in configs:
+        yield from (found for found in machine.devices(answer, config) if found not in seen)
+        seen |= set(machine.devices(answer, config))
 
 
 def _print(console: Console, finding: Finding) -> None:

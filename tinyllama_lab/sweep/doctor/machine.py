@@ -24,7 +24,7 @@ from tinyllama_lab.sweep.doctor.finding import Finding, ok, problem, warning
 from tinyllama_lab.sweep.launchers.local import worker_environment
 
 PACKAGE = "tinyllama_lab"
-_PROBE_TIMEOUT_S = 60
+_READING_S = 0.2  # for an answer that is there already, at the end of the time
 _BUSY = 0.5  # of the cores; above it, timings are off
 _LITTLE_MIB = 2048  # of free memory
 _TRIED_BY = {"nf4": ("nf4", "fp4"), "int8": ("int8",)}  # values of `quant.kind`
@@ -45,13 +45,16 @@ class Probe:
             text=True,
         )
 
-    def answer(self) -> dict[str, Any] | str:
-        """Return what the process found, or why it found nothing."""
+    def answer(self, timeout_s: float) -> dict[str, Any] | str:
+        """Return what the process found, or why it found nothing.
+
+        Raises:
+            TimeoutError: it has not answered in time.
+        """
         try:
-            out, errors = self._process.communicate(timeout=_PROBE_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            return f"no answer within {_PROBE_TIMEOUT_S} s"
+            out, errors = self._process.communicate(timeout=max(timeout_s, _READING_S))
+        except subprocess.TimeoutExpired as error:
+            raise TimeoutError from error
         try:
             answer: dict[str, Any] = json.loads(out.strip().rpartition("\n")[2])
             return answer

@@ -8,22 +8,27 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from tinyllama_lab.config.schema import Config, TrackingConfig
+from tinyllama_lab.config.schema import ALL, Config, DataConfig, ModelConfig, TrackingConfig
 from tinyllama_lab.data import hub, hub_requests
 from tinyllama_lab.data.snapshots import Kind
 from tinyllama_lab.errors import LabError
 from tinyllama_lab.study.files import free_mib, publish, write_problem
+from tinyllama_lab.sweep.doctor.deadline import PATIENT, Deadline, in_time
 from tinyllama_lab.sweep.doctor.finding import Finding, ok, problem, warning
 from tinyllama_lab.sweep.run import NEEDED_FREE_MIB
 from tinyllama_lab.sweep.settings.identify import data_identity, model_identity
 from tinyllama_lab.sweep.tracking.record import sqlite_file, tracking_uri, without_password
 
 _LITTLE_MIB = 2048  # of free disk space
-_TIMEOUT_S = 3
+_CONNECT_S = 3.0  # for all addresses of a name together
+_NETWORK = "check the network, or set HF_HUB_OFFLINE=1 to use only what is in the cache"
+_LARGE = f"its files are large or their disk is slow; take a command that waits: {PATIENT}"
 _TRY_LOCK = (
     "import fcntl, sys\n"
     "try: fcntl.flock(open(sys.argv[1], 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)\n"
@@ -153,20 +158,74 @@ def _server(uri: str) -> Finding:
     shown = without_password(uri)
     if url.scheme not in ("http", "https"):
         return ok("database", f"{shown} (not asked)")
-    port = url.port or (443 if url.scheme == "https" else 80)
-    try:
-        socket.create_connection((url.hostname or "", port), _TIMEOUT_S).close()
-    except OSError as error:
+    if reason := _unreachable(uri):
         return problem(
             "database",
-            f"the MLflow server {shown} must answer, got: {error}; start it, correct "
+            f"the MLflow server {shown} must answer, got: {reason}; start it, correct "
             "tracking.uri or MLFLOW_TRACKING_URI, or set tracking=none",
         )
     return ok("database", f"the MLflow server {shown} answers")
 
 
-def hub_access() -> Iterator[Finding]:
-    """Check the cache of the hub, the connection to it, and whether there is a token."""
+def _unreachable(address: str) -> str:
+    """Return why a server takes no connection; empty if it does."""
+    try:
+        url = urlsplit(address)
+        _connect(url.hostname or "", url.port or (80 if url.scheme == "http" else 443))
+    except (OSError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+def _connect(host: str, port: int) -> None:
+    """Connect to the first address of a name that answers.
+
+    Raises:
+        OSError: none does.
+    """
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    addresses = list(dict.fromkeys((str(address[0]), port) for *_, address in found))
+    for number, address in enumerate(addresses, 1):
+        try:
+            # each has its share, so that one that is silent leaves time for the others
+            socket.create_connection(address, _CONNECT_S / len(addresses)).close()
+            return
+        except OSError:
+            if number == len(addresses):
+                raise
+
+
+def hub_silence() -> str:
+    """Return that the hub, or the proxy to it, takes no connection, and why.
+
+    Empty if it does, or must not be asked.
+    """
+    endpoint, proxy = hub_requests.endpoint(), hub_requests.proxy()
+    if hub.is_offline():
+        return ""
+    reason = _unreachable(proxy.address if proxy else endpoint)
+    return f"{endpoint} does not answer ({reason})" if reason else ""
+
+
+def hub_access(silence: str) -> Finding:
+    """Say whether the hub answers.
+
+    Args:
+        silence: of `hub_silence`.
+    """
+    if silence:
+        return warning(
+            "hub",
+            f"{silence}: only what is in the cache can be used; check the network, HTTPS_PROXY "
+            "and HF_ENDPOINT",
+        )
+    if hub.is_offline():
+        return ok("hub", "HF_HUB_OFFLINE: only what is in the cache is used")
+    return ok("hub", f"{hub_requests.endpoint()} answers")
+
+
+def hub_files() -> Iterator[Finding]:
+    """Check the cache of the hub, and whether there is a token."""
     cache = hub.cache_folder()
     if text := write_problem(cache):
         yield problem(
@@ -181,57 +240,41 @@ def hub_access() -> Iterator[Finding]:
             if is_short
             else ok("cache", text)
         )
-    endpoint = hub_requests.endpoint()
-    if hub.is_offline():
-        yield ok("hub", "HF_HUB_OFFLINE: only what is in the cache is used")
-    elif reason := _unreachable(endpoint):
-        yield warning(
-            "hub",
-            f"{endpoint} does not answer ({reason}): only what is in the cache can be used; "
-            "check the network, HTTPS_PROXY and HF_ENDPOINT",
-        )
-    else:
-        yield ok("hub", f"{endpoint} answers")
     from huggingface_hub import get_token
 
     text = "there is one" if get_token() else "none, which public repositories do not need"
     yield ok("token", text)
 
 
-def _unreachable(endpoint: str) -> str:
-    """Return why the hub, or the proxy to it, takes no connection; empty if it does."""
-    proxy = hub_requests.proxy()
-    url = urlsplit(proxy.address if proxy else endpoint)
-    port = url.port or (80 if url.scheme == "http" else 443)
-    try:
-        socket.create_connection((url.hostname or "", port), _TIMEOUT_S).close()
-    except (OSError, ValueError) as error:
-        return str(error)
-    return ""
-
-
-def model_and_data(configs: Sequence[Config]) -> Iterator[Finding]:
+def model_and_data(configs: Sequence[Config], deadline: Deadline) -> Iterator[Finding]:
     """Say of every model and data set of a command whether it is here."""
-    seen: set[str] = set()
+    checks: dict[str, tuple[str, str | None, Callable[[], list[Finding]]]] = {}
     for config in configs:
-        model, data = config.model, config.data
-        if (key := str(model)) not in seen:
-            seen.add(key)
-            try:
-                identity = model_identity(model)
-            except LabError as error:
-                yield problem("model", str(error))
-            else:
-                repo = model.repo if hub.is_commit(identity) else None
-                yield _found("model", model.name, repo, identity)
-        if (key := str(data)) not in seen:
-            seen.add(key)
-            try:
-                identity = data_identity(data)
-            except LabError as error:
-                yield problem("data", str(error))
-            else:
-                yield _found("data", data.name, data.repo, identity)
+        model, data = config.model, replace(config.data, n=ALL)  # `n` takes a part of the same
+        # all begin now: what the hub keeps waiting must not take the time of what is here
+        if (key := repr(model)) not in checks:
+            checks[key] = "model", model.repo, deadline.start(partial(_model, model))
+        if (key := repr(data)) not in checks:
+            checks[key] = "data", data.repo, deadline.start(partial(_data, data))
+    for topic, repo, findings in checks.values():
+        yield from in_time(topic, findings, _NETWORK if repo else _LARGE)
+
+
+def _model(model: ModelConfig) -> list[Finding]:
+    try:
+        identity = model_identity(model)
+    except LabError as error:
+        return [problem("model", str(error))]
+    repo = model.repo if hub.is_commit(identity) else None
+    return [_found("model", model.name, repo, identity)]
+
+
+def _data(data: DataConfig) -> list[Finding]:
+    try:
+        identity = data_identity(data)
+    except LabError as error:
+        return [problem("data", str(error))]
+    return [_found("data", data.name, data.repo, identity)]
 
 
 def _found(topic: str, name: str, repo: str | None, identity: str) -> Finding:

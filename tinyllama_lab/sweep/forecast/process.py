@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -36,6 +37,7 @@ class Forecasting:
     def __init__(self) -> None:
         """Start it."""
         pipe = subprocess.PIPE
+        self._talking = threading.Lock()
         self._process = subprocess.Popen(
             [sys.executable, "-m", _MODULE],
             stdin=pipe,
@@ -50,9 +52,10 @@ class Forecasting:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End the process, also if it was asked nothing."""
-        self._process.kill()
-        self._process.communicate()
+        """End the process, also if it was asked nothing, or if another thread still waits."""
+        self._process.kill()  # which ends the wait of that thread
+        with self._talking:
+            self._process.communicate()
 
     def ask(
         self,
@@ -84,7 +87,8 @@ class Forecasting:
                 for pack in packs
             ],
         }
-        printed, errors = self._process.communicate(json.dumps(request))
+        with self._talking:
+            printed, errors = self._process.communicate(json.dumps(request))
         if self._process.returncode or not printed:
             tail = " | ".join(errors.strip().splitlines()[-_LINES:])
             raise LabError(f"the forecast could not be computed: {tail}")
