@@ -24,6 +24,7 @@ from tinyllama_lab.data import hub
 from tinyllama_lab.errors import LabError
 from tinyllama_lab.sweep.check import composed
 from tinyllama_lab.sweep.doctor import command, machine, places
+from tinyllama_lab.sweep.doctor import fit as doctor_fit
 from tinyllama_lab.sweep.doctor.deadline import Deadline, in_time
 from tinyllama_lab.sweep.doctor.finding import Finding, Level, ok
 from tinyllama_lab.sweep.doctor.fit import fit
@@ -115,6 +116,85 @@ def test_the_plan_of_the_command_is_a_line(
         (finding,) = fit([*grid.SMALL, *words], tmp_path, process)
     assert finding.level is level and re.search(text, finding.text)
     assert list(tmp_path.iterdir()) == []
+
+
+class FixedForecasting(Forecasting):
+    """Trials that fit: adapters of 100 MiB each, on a base of 2,000 MiB to download."""
+
+    def __init__(self, download_mib: float = 2000.0) -> None:
+        self.download_mib = download_mib
+
+    def ask(self, packs: Any, *_: object) -> dict[str, Any]:
+        pack = {"train_peak_mib": 900.0, "infer_peak_mib": 800.0, "weights_mib": 100.0}
+        facts = {"fits": True, "adapter_mib": 100.0, "is_guessed": False, "is_counted": True}
+        facts |= {"dtype": "float32", "gflops": None}
+        return {
+            "packs": [pack for _ in packs],
+            "trials": {each.trial.key: facts for members in packs for each in members},
+            "machine": {"free_mib": 4096.0},
+            "start_s": 1.0,
+            "download_mib": {"o/m": self.download_mib} if self.download_mib else {},
+        }
+
+
+@pytest.mark.parametrize(
+    ("free", "is_one_disk", "topics"),
+    [
+        ((802, 2000), False, ["plan"]),
+        ((801, 2000), False, ["disk", "plan"]),  # 2 * (4 * 100 + 0.6) MiB of trials
+        ((802, 1999), False, ["cache", "plan"]),
+        ((10, 10), False, ["disk", "cache", "plan"]),
+        ((2802, 2802), True, ["plan"]),
+        ((2801, 2801), True, ["disk", "plan"]),
+    ],
+)
+def test_trials_and_download_must_fit_onto_the_disk(
+    free: tuple[int, int],
+    is_one_disk: bool,
+    topics: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cache = tmp_path / "hf" / "hub"
+    monkeypatch.setenv("HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(doctor_fit, "free_mib", lambda folder: free[folder == cache])
+    monkeypatch.setattr(doctor_fit, "is_same_disk", lambda one, other: is_one_disk)
+    words = [*grid.SMALL, "lora.r=4,8"]
+    found = list(fit(words, tmp_path, FixedForecasting()))
+    assert [finding.topic for finding in found] == topics
+    assert found[-1].level is Level.OK
+    assert {finding.level for finding in found[:-1]} <= {Level.PROBLEM}
+
+
+def test_a_full_disk_is_named_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "hf" / "hub"
+    monkeypatch.setenv("HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(doctor_fit, "free_mib", lambda folder: 90)
+    monkeypatch.setattr(doctor_fit, "is_same_disk", lambda one, other: False)
+    words = [*grid.SMALL, "lora.r=4,8"]
+    found = lines(fit(words, tmp_path, FixedForecasting()))
+    assert found["disk"].text == (
+        "sweeps_dir=sweeps must have room for 802 MiB of trials, got 90 MiB free; free some, set "
+        "sweeps_dir=/another/disk, or sweep less"
+    )
+    assert found["cache"].text == (
+        f"{cache} must have room for 2,000 MiB of downloads, got 90 MiB free; free some, or set "
+        "HF_HUB_CACHE=/another/disk"
+    )
+    monkeypatch.setattr(doctor_fit, "is_same_disk", lambda one, other: True)
+    found = lines(fit(words, tmp_path, FixedForecasting()))
+    assert found["disk"].text == (
+        f"the disk of sweeps_dir=sweeps and {cache} must have room for 802 MiB of trials and "
+        "2,000 MiB of downloads, got 90 MiB free; free some, set sweeps_dir=/another/disk, set "
+        "HF_HUB_CACHE=/another/disk, or sweep less"
+    )
+    # nothing is downloaded, or the free space is unknown
+    (disk, _) = fit(words, tmp_path, FixedForecasting(download_mib=0.0))
+    assert "must have room for 802 MiB of trials, got" in disk.text
+    monkeypatch.setattr(doctor_fit, "free_mib", lambda folder: None)
+    assert list(lines(fit(words, tmp_path, FixedForecasting()))) == ["plan"]
 
 
 def test_a_card_that_is_only_planned_for_is_no_missing_gpu() -> None:

@@ -15,7 +15,7 @@ import pytest
 from tests import grid, studies
 from tinyllama_lab.data import cache, hub
 from tinyllama_lab.errors import CacheError, ConfigError, ModelError, StudyError, user_errors
-from tinyllama_lab.study.files import free_mib, utf8_problem, write_problem
+from tinyllama_lab.study.files import free_mib, is_same_disk, utf8_problem, write_problem
 from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.sweep import run as sweep_run
 from tinyllama_lab.sweep.execution.slots import find_slots
@@ -188,6 +188,8 @@ def test_the_disk_of_a_folder_that_is_still_to_make_is_measured(
     here = shutil.disk_usage(tmp_path).free // 2**20
     assert free_mib(tmp_path / "a" / "b") == pytest.approx(here, abs=100)
     assert free_mib(Path("/proc/x")) is None  # a disk without a size
+    assert is_same_disk(tmp_path / "a" / "b", tmp_path / "c")
+    assert not is_same_disk(tmp_path / "a", Path("/proc/x"))
     monkeypatch.setattr(sweep_run, "NEEDED_FREE_MIB", 2**40)
     with pytest.raises(Exception, match="needs 1099511627776 MiB of free space.*set sweeps_dir="):
         sweep_run._check_space(StudyFolder(tmp_path / "new", "s"))

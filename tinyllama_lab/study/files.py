@@ -138,12 +138,24 @@ def write_problem(folder: Path) -> str | None:
 
 def free_mib(folder: Path) -> int | None:
     """Return the free disk space in MiB at a folder that may not exist yet; None if unknown."""
-    existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     try:
-        usage = shutil.disk_usage(existing)
+        usage = shutil.disk_usage(_existing(folder))
     except OSError:
         return None
     return usage.free // MIB if usage.total else None  # some network mounts report 0 of 0
+
+
+def is_same_disk(one: Path, other: Path) -> bool:
+    """Return whether two folders, which may not exist yet, share their free space."""
+    try:
+        return _existing(one).stat().st_dev == _existing(other).stat().st_dev
+    except OSError:
+        return False
+
+
+def _existing(folder: Path) -> Path:
+    """Return a folder, or its nearest parent that exists."""
+    return next(path for path in (folder, *folder.parents) if os.path.lexists(path))
 
 
 def utf8_problem(text: str) -> str | None:
