@@ -417,6 +417,10 @@ def test_the_hub_is_reachable_or_the_cache_alone_is_used(
     found = hub_lines()
     assert found["hub"].level is Level.OK and "only what is in the cache" in found["hub"].text
     assert found["cache"].level is Level.PROBLEM and "set HF_HOME=" in found["cache"].text
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "hf" / "token"))
+    token = hub_lines()["token"]
+    assert token.level is Level.WARNING and "hf/token cannot be read (Not a dir" in token.text
 
 
 def test_model_and_data_are_here_or_the_line_says_how_to_get_them(

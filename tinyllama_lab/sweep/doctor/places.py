@@ -240,10 +240,20 @@ def hub_files() -> Iterator[Finding]:
             if is_short
             else ok("cache", text)
         )
+    yield _token()
+
+
+def _token() -> Finding:
     from huggingface_hub import get_token
 
-    text = "there is one" if get_token() else "none, which public repositories do not need"
-    yield ok("token", text)
+    try:
+        is_there = bool(get_token())
+    except OSError as error:  # such as a file where HF_HOME should be
+        text = f"{error.filename} cannot be read ({error.strerror})"
+        return warning("token", f"{text}; correct HF_HOME, or set HF_TOKEN")
+    return ok(
+        "token", "there is one" if is_there else "none, which public repositories do not need"
+    )
 
 
 def model_and_data(configs: Sequence[Config], deadline: Deadline) -> Iterator[Finding]:
