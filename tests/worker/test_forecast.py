@@ -347,6 +347,9 @@ def test_fields_have_the_names_of_the_architecture(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match=r"the field n_layer\b"):
         read_config(local(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({**config, "n_layer": 0}))
+    with pytest.raises(ModelError, match=r"the field n_layer of config.json must be a positive"):
+        read_config(local(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({**config, "n_layer": 2}))
     assert read_config(local(tmp_path)).num_hidden_layers == 2
 

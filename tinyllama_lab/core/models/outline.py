@@ -144,8 +144,8 @@ def read_config(model: ModelConfig) -> Any:
     check_task(folder)
     written = {**raw, **(raw.get("text_config") or {})}
     _check_sizes(file, written)
-    known = getattr(CONFIG_MAPPING.get(str(raw["model_type"])), "attribute_map", {})
-    _check_fields(file, written, _FIELDS, known)  # before the architecture checks what it assumes
+    names = _names(written)
+    _check_fields(file, written, _FIELDS, names)  # before the architecture checks what it assumes
     try:
         config = AutoConfig.from_pretrained(folder, **TRUSTED_FILES).get_text_config()
     except Exception as error:  # the checks of an architecture raise errors of many classes
@@ -154,6 +154,15 @@ def read_config(model: ModelConfig) -> Any:
     used = [name for name in _IF_USED if isinstance(getattr(config, name, None), int)]
     _check_fields(file, written, (*_FIELDS, *used), getattr(config, "attribute_map", {}))
     return config
+
+
+def _names(written: Mapping[str, Any]) -> Mapping[str, str]:
+    """Return the names that an architecture has for fields, where they differ."""
+    kind = str(written["model_type"])
+    # not `get`, which does not find what this mapping imports on demand
+    known = CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else None
+    names: Mapping[str, str] = getattr(known, "attribute_map", {})
+    return names
 
 
 def _check_fields(
@@ -175,8 +184,7 @@ def _check_sizes(file: Path, written: dict[str, Any]) -> None:
     Raises:
         ModelError: with the field, its value and the file.
     """
-    known = CONFIG_MAPPING.get(str(written["model_type"]))
-    aliases = getattr(known, "attribute_map", {})
+    aliases = _names(written)
     for name in (*_FIELDS, *_NULLABLE):
         for field in {name, aliases.get(name, name)} & written.keys():
             value = written[field]
