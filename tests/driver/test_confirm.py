@@ -416,11 +416,12 @@ def test_confirmation_trials_stand_apart(tmp_path: Path, sweep: Callable[..., st
 
 
 @pytest.mark.parametrize(
-    ("typed", "again", "reads", "pages"),
+    ("typed", "again", "reads", "judged", "pages"),
     [
-        (["confirm=off"], False, 1, 1),
-        (["confirm=auto"], False, 2, 1),  # before the confirmation is trained, and after it
-        (["confirm=auto"], True, 1, 0),  # nothing is left to do: the table alone
+        (["confirm=off"], False, 1, 1, 1),
+        # before the confirmation is trained, for the speed of its trials, and after it
+        (["confirm=auto"], False, 3, 2, 1),
+        (["confirm=auto"], True, 1, 1, 0),  # nothing is left to do: the table alone
     ],
 )
 def test_a_command_reads_its_study_once(
@@ -429,6 +430,7 @@ def test_a_command_reads_its_study_once(
     typed: list[str],
     again: bool,
     reads: int,
+    judged: int,
     pages: int,
 ) -> None:
     calls: Counter[str] = Counter()
@@ -447,7 +449,7 @@ def test_a_command_reads_its_study_once(
     monkeypatch.setattr(analysis, "main_effects", counted("judge", analysis.main_effects))
     monkeypatch.setattr(sweep_run, "_write_report", counted("page", write_page))
     sweep(Workers(), *RANKS[:2], *typed)
-    assert calls == Counter(read=reads, compare=reads, judge=1, page=pages)
+    assert calls == Counter(read=reads, compare=judged, judge=1, page=pages)
 
 
 CONFIRM, NEITHER = "these rows confirm that A", "these rows neither confirm nor contradict that A"
