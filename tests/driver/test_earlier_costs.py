@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,16 +19,6 @@ from tinyllama_lab.sweep.forecast import forecast as forecasts
 from tinyllama_lab.sweep.plan import check_cells, make_plan
 
 pytestmark = pytest.mark.usefixtures("little_garbage")
-SMALL = ("data=file", "data.n=16", "data.eval_n=4", "tracking=none", "seeds=1", "confirm=off")
-SMALL += ("eval.generations=0", "eval.latency_tokens=0")
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
-    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    rows = [{"prompt": f"Question {n}?", "response": f"The answer is {n**3}."} for n in range(99)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    yield [*SMALL, f"data.path={path}"]
 
 
 @pytest.mark.parametrize("targets", ["all_linear", "attention_qv", "[q_proj,v_proj]"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,16 +30,6 @@ from tinyllama_lab.sweep.plan import Plan, check_cells, make_plan
 from tinyllama_lab.sweep.run import _skip_unfit, run_grid
 
 pytestmark = pytest.mark.usefixtures("little_garbage")
-SMALL = ("data=file", "data.n=16", "data.eval_n=4", "tracking=none", "seeds=1", "confirm=off")
-SMALL += ("eval.generations=0", "eval.latency_tokens=0")
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
-    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    rows = [{"prompt": f"Question {n}?", "response": f"The answer is {n**3}."} for n in range(99)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    yield [*SMALL, f"data.path={path}"]
 
 
 def lines_of(printed: str) -> dict[str, str]:
