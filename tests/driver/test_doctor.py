@@ -262,7 +262,8 @@ def test_a_machine_without_a_compiler_says_so(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    answer = machine.Probe().answer(LONG_S)
+    with Forecasting(probes=True) as process:
+        answer = process.probe()
     assert isinstance(answer, dict), answer
     compiler = lines(machine.devices(answer, config()))["compiler"]
     assert compiler.level is Level.WARNING
@@ -273,8 +274,22 @@ def test_a_machine_without_a_compiler_says_so(
 def test_a_broken_pytorch_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "torch.py").write_text("raise ImportError('libtorch_cpu.so: not found')\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    answer = machine.Probe().answer(LONG_S)
-    assert answer == "ImportError: libtorch_cpu.so: not found"
+    with Forecasting(probes=True) as process:
+        assert process.probe() == "ImportError: libtorch_cpu.so: not found"
+        with pytest.raises(LabError, match=r"not be computed: .*libtorch_cpu\.so: not found"):
+            process.ask([], {}, {})
+
+
+def test_pytorch_is_tried_whatever_is_wrong_with_other_packages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "peft.py").write_text("raise ImportError('peft is broken')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with Forecasting(probes=True) as process:
+        with pytest.raises(LabError, match="could not be computed: .*peft is broken"):
+            process.ask([], {}, {})  # whose answer comes after that of the probe
+        answer = process.probe()
+    assert isinstance(answer, dict) and answer["bf16"] == "", answer
 
 
 def test_busy_cores_are_a_warning() -> None:
@@ -491,31 +506,19 @@ class Sockets:
         return socket.socket()
 
 
-class FakeProbe:
-    """A PyTorch that answers at once, or too late."""
-
-    def __init__(self) -> None:
-        self.is_late = False
-        self.timeouts: list[float] = []
-
-    def answer(self, timeout_s: float) -> dict[str, Any]:
-        self.timeouts.append(timeout_s)
-        if self.is_late:
-            raise TimeoutError
-        return ANSWER
-
-    def close(self) -> None:
-        """Nothing runs."""
-
-
 class SlowForecasting(Forecasting):
-    """A forecast that does not come before the end of the test."""
+    """A forecast that does not come before the end of the test; PyTorch may answer."""
 
-    def __init__(self, released: threading.Event) -> None:
-        self.released = released
+    def __init__(self, released: threading.Event, has_torch: bool = False) -> None:
+        self.released, self.has_torch = released, has_torch
 
     def __exit__(self, *_: object) -> None:
         """Nothing runs."""
+
+    def probe(self) -> dict[str, Any]:
+        if not self.has_torch:
+            self.released.wait()
+        return ANSWER
 
     def ask(self, *_: object) -> dict[str, Any]:
         self.released.wait()
@@ -561,10 +564,9 @@ def test_a_hub_that_does_not_answer_is_asked_for_nothing(
     monkeypatch: pytest.MonkeyPatch, released: threading.Event, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[str] = []
-    probe = FakeProbe()
+    slow = SlowForecasting(released, has_torch=True)
     monkeypatch.setattr(command, "_SECONDS", LONG_S)
-    monkeypatch.setattr(machine, "Probe", lambda: probe)
-    monkeypatch.setattr(command, "Forecasting", lambda: SlowForecasting(released))
+    monkeypatch.setattr(command, "Forecasting", lambda probes: slow)
     monkeypatch.setattr(socket, "create_connection", Sockets().create_connection)
     monkeypatch.setattr(hub, "_commit", lambda repo, *_: asked.append(repo))
     assert command.doctor(["model=tinyllama", "data=dolly"]) == 1
@@ -575,18 +577,14 @@ def test_a_hub_that_does_not_answer_is_asked_for_nothing(
         assert "and https://hub.example does not answer (timed out); with a" in found[topic]
     assert asked == [] and not hub.is_offline()
     assert "PyTorch uses 2 threads" in found["cpu"]
-    assert len(probe.timeouts) == 1 and 0 < probe.timeouts[0] <= LONG_S
 
 
 @pytest.mark.usefixtures("online")
 def test_what_is_late_is_a_warning_and_the_command_ends(
     monkeypatch: pytest.MonkeyPatch, released: threading.Event, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    probe = FakeProbe()
-    probe.is_late = True
     monkeypatch.setattr(command, "_SECONDS", 0.01)
-    monkeypatch.setattr(machine, "Probe", lambda: probe)
-    monkeypatch.setattr(command, "Forecasting", lambda: SlowForecasting(released))
+    monkeypatch.setattr(command, "Forecasting", lambda probes: SlowForecasting(released))
     # neither the look-up of the name nor a request for a commit ends
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **options: released.wait() and [])
     monkeypatch.setattr(places, "model_identity", lambda model: released.wait() and "1")
@@ -597,11 +595,10 @@ def test_what_is_late_is_a_warning_and_the_command_ends(
     assert {"python", "packages", "load", "browser", "llama.cpp"} < set(found)
     for topic in ("model", "torch", "plan"):
         assert re.match(rf"warning {topic} +not checked in time; \w+", found[topic])
-    assert probe.timeouts == [0.0]
     assert last.startswith("no problem; the warnings say")
 
 
-def test_processes_that_are_late_are_ended(
+def test_a_process_that_is_late_is_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, released: threading.Event
 ) -> None:
     (tmp_path / "silent.py").write_text("import time\ntime.sleep(3600)\n")
@@ -612,8 +609,3 @@ def test_processes_that_are_late_are_ended(
         with pytest.raises(TimeoutError):
             late()
     assert process._process.returncode == -9
-    probe = machine.Probe()
-    with pytest.raises(TimeoutError):
-        probe.answer(0.0)
-    probe.close()
-    assert probe._process.returncode == -9

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -354,7 +353,18 @@ def test_fields_have_the_names_of_the_architecture(tmp_path: Path) -> None:
     assert read_config(local(tmp_path)).num_hidden_layers == 2
 
 
+def test_a_learning_rate_changes_no_memory_and_rows_do(configure: Any, hardware: Hardware) -> None:
+    one = Trial(science(configure, train__lr=1e-3), ROWS)
+    faster = Trial(science(configure, train__lr=1e-2), ROWS)
+    other = Trial(one.science, ROWS.cut(20))
+    assert faster.size == one.size != other.size
+    assert Trial(science(configure, train__lr=1e-3, seed=1), ROWS).size != one.size
+    found = forecaster(hardware, 10_000)
+    assert found.alone(faster) == found.alone(one) == found.forecast([faster])
+    assert found.alone(other).train_peak_mib < found.alone(one).train_peak_mib
+
+
 def test_rows_that_are_cut_shorter_keep_their_order() -> None:
     cut = ROWS.cut(50)
     assert [len(row.ids) for row in cut.train] == [40, 50]
-    assert replace(cut, train=ROWS.train) == ROWS
+    assert cut.heldout == ROWS.heldout and cut.is_counted

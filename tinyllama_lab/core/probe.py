@@ -1,13 +1,8 @@
-"""What PyTorch can do on this machine: `python -m tinyllama_lab.core.probe` prints it as JSON.
-
-The driver, which never imports torch, asks it in a process of its own.
-"""
+"""What PyTorch can do on this machine."""
 
 from __future__ import annotations
 
-import json
 import logging
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -111,7 +106,3 @@ def _why_no_loops() -> str:
     if fused_cpu.supports(torch.zeros(1)):
         return ""
     return reasons[-1].rpartition("slower: ")[2] if reasons else "unknown"
-
-
-if __name__ == "__main__":
-    json.dump(probe(), sys.stdout)

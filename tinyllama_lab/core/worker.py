@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib
 import json
 import logging
 import os
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinyllama_lab.config.schema import HardwareConfig, ModelConfig, QuantConfig, part
-from tinyllama_lab.core.resident import keep_freed_memory, limit_kernels
+from tinyllama_lab.core.resident import import_modules, keep_freed_memory, limit_kernels
 from tinyllama_lab.errors import BaseMemoryError, LabError, StoppedError, is_disk_full
 from tinyllama_lab.output import accept_any_text
 from tinyllama_lab.study.events import EventLog
@@ -167,8 +166,7 @@ def _wait_for_pack() -> Path:
     What was printed until then moves to the log of the pack, as everything after it does.
     """
     try:
-        importlib.import_module("tinyllama_lab.core.training.stream")
-        importlib.import_module("tinyllama_lab.core.evaluation.bases")
+        import_modules("training.stream", "evaluation.bases")
     except Exception:  # the pack fails too, and its log has this reason
         logger.exception("the imports failed")
     line = sys.stdin.readline()

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tinyllama_lab.config.schema import HardwareConfig, QuantConfig, Science, part
+from tinyllama_lab.config.schema import HardwareConfig, ModelConfig, QuantConfig, Science, part
 from tinyllama_lab.core.engines.generate import inner_size
 from tinyllama_lab.core.forecast.machine import Machine, gemm_gflops, machine_of
 from tinyllama_lab.core.forecast.packs import Forecaster, Trial
@@ -28,7 +28,7 @@ class _Answerer:
 
     def __init__(self, hardware: HardwareConfig) -> None:
         self._hardware = hardware
-        self._source = RowSource()
+        self._source = RowSource(self.config)
         self._configs: dict[str, Any] = {}
         self._forecasters: dict[str, Forecaster] = {}
         self._rates: dict[tuple[int, int, torch.dtype], float] = {}
@@ -45,11 +45,11 @@ class _Answerer:
             self._machine = machine_of(self._hardware)
         return self._machine
 
-    def config(self, science: Science) -> Any:
-        """Return the configuration of the base."""
-        key = repr(science.model)
+    def config(self, model: ModelConfig) -> Any:
+        """Return the configuration of a base."""
+        key = repr(model)
         if key not in self._configs:
-            self._configs[key] = read_config(science.model)
+            self._configs[key] = read_config(model)
         return self._configs[key]
 
     def forecaster(self, science: Science) -> Forecaster:
@@ -57,7 +57,7 @@ class _Answerer:
         dtype = self.machine.dtype_of(science.train.precision)
         key = repr((science.model, science.quant, dtype))
         if key not in self._forecasters:
-            config = self.config(science)
+            config = self.config(science.model)
             outline = Outline.of(config, science.quant, dtype)
             stored = stored_weights(science.model, science.quant)
             self._forecasters[key] = Forecaster(outline, self._hardware, self.machine, stored)
@@ -71,7 +71,7 @@ class _Answerer:
         """Return the measured rate of matmuls of a base's widths; None on a GPU and a card."""
         if self.machine.is_gpu or self._hardware.card.name is not None:
             return None
-        config, dtype = self.config(science), self.forecaster(science).dtype
+        config, dtype = self.config(science.model), self.forecaster(science).dtype
         inner = inner_size(config)
         key = (config.hidden_size, inner, dtype)
         if key not in self._rates:
@@ -93,7 +93,7 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
         [(each["key"], _trial(answerer, each)) for each in trials] for trials in request["packs"]
     ]
     for pack in packs:
-        answerer.config(pack[0][1].science)
+        answerer.config(pack[0][1].science.model)
     machine = answerer.machine
     replies, trials = [], dict[str, Any]()
     for pack in packs:
@@ -104,7 +104,7 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
         for (key, trial), fits in zip(pack, list(forecast.fits), strict=True):
             trials[key] = _facts(answerer, trial, fits)
             if len(pack) > 1:
-                forecast = forecaster.forecast([trial])
+                forecast = forecaster.alone(trial)
             trials[key] |= {k: v for k, v in asdict(forecast).items() if k != "fits"}
     return {
         "packs": replies,
@@ -211,7 +211,7 @@ def _download_mib(
     for pack in packs:
         science = pack[0][1].science
         if repo := repo_to_download(science.model):
-            stored = getattr(answerer.config(science), "dtype", None)
+            stored = getattr(answerer.config(science.model), "dtype", None)
             itemsize = getattr(stored, "itemsize", 4)
             sizes[repo] = answerer.forecaster(science).parameters * itemsize / MIB
     return sizes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, cast
@@ -42,6 +42,12 @@ class Trial:
 
     science: Science
     rows: Rows
+
+    @property
+    def size(self) -> Hashable:
+        """All that its memory depends on: grids often differ in the learning rate alone."""
+        train = replace(self.science.train, lr=0.0)
+        return repr(replace(self.science, train=train)), self.rows
 
 
 @dataclass(frozen=True)
@@ -133,6 +139,8 @@ class Forecaster:
         self._engines: dict[tuple[bool, bool], Engine[Any]] = {}
         self._sizes: dict[str, tuple[int, float]] = {}
         self._adapters_mib: dict[str, float] = {}
+        self._needs: dict[Hashable, Need] = {}
+        self._alone: dict[Hashable, PackForecast] = {}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -235,8 +243,21 @@ class Forecaster:
         """Return whether a trial fits alone, in training and in scoring."""
         return self.need(trial).most <= self.room_mib
 
+    def alone(self, trial: Trial) -> PackForecast:
+        """Return what a trial needs in a pack of its own."""
+        key = trial.size
+        if key not in self._alone:
+            self._alone[key] = self.forecast([trial])
+        return self._alone[key]
+
     def need(self, trial: Trial) -> Need:
         """Return what a trial needs alone, with every remedy of the worker."""
+        key = trial.size
+        if key not in self._needs:
+            self._needs[key] = self._need(trial)
+        return self._needs[key]
+
+    def _need(self, trial: Trial) -> Need:
         engine = self._engine(trial.science)
         planner, context = self._planner(engine, [trial])
         adapter_mib = self._adapter_mib(engine, trial.science.lora)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
@@ -13,7 +13,6 @@ from tinyllama_lab.core.dataset.dataset import DataCache
 from tinyllama_lab.core.dataset.example import Example
 from tinyllama_lab.core.evaluation.losses import general_examples
 from tinyllama_lab.core.models.loading import model_folder, read_tokenizer, repo_to_download
-from tinyllama_lab.core.models.outline import read_config
 from tinyllama_lab.core.training.step_schedule import batches, rows_seen, steps_of
 
 SUPERVISED = 0.5  # share of the tokens of an estimated row; about that of chats
@@ -22,7 +21,7 @@ ROUNDS = 8  # of a pack that are laid out; later ones are as large as the larges
 _COUNTED = 20_000  # rows whose tokens are added up one by one
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # to be compared and hashed as one object, fast
 class Rows:
     """The training and held-out rows of a trial."""
 
@@ -66,7 +65,9 @@ class Rows:
 class RowSource:
     """Reads rows with the tokenizers that are on this machine, each once."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: Callable[[ModelConfig], object]) -> None:
+        """`config` reads the configuration of a base, or says what is wrong with it."""
+        self._config = config
         self._caches: dict[str, DataCache | None] = {}
         self._general: dict[str, list[Example]] = {}
         self._rows: dict[str, Rows] = {}
@@ -110,7 +111,7 @@ class RowSource:
         if key not in self._caches:
             is_here = repo_to_download(model) is None and has_tokenizer(model)
             if is_here:
-                read_config(model)  # first, since its messages name the field
+                self._config(model)  # first, since its messages name the field
             self._caches[key] = DataCache(*read_tokenizer(model)) if is_here else None
         return self._caches[key]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -91,9 +92,8 @@ def _configs(typed: Sequence[str]) -> list[Config]:
 
 
 def _findings(typed: Sequence[str], workdir: Path, deadline: Deadline) -> Iterator[Finding]:
-    # first, because both import torch for seconds; the forecast has more to do
-    process, probe = Forecasting(), machine.Probe()
-    try:
+    # first, because it imports for seconds
+    with Forecasting(probes=True) as process:
         configs = _configs(typed)
         config = configs[0]
         # what may wait for a network waits at the same time
@@ -101,6 +101,7 @@ def _findings(typed: Sequence[str], workdir: Path, deadline: Deadline) -> Iterat
         tracking = deadline.start(lambda: [places.database(config.tracking, workdir)], _WAIT_S)
         cache = deadline.start(lambda: list(places.hub_files()), _WAIT_S)
         silence = deadline.start(places.hub_silence, _WAIT_S)
+        torch = deadline.start(process.probe)
         yield from machine.packages()
         yield machine.load()
         yield from in_time("disk", disk, "set sweeps_dir to a local disk")
@@ -113,13 +114,10 @@ def _findings(typed: Sequence[str], workdir: Path, deadline: Deadline) -> Iterat
             plan = deadline.start(lambda: list(fit(typed, workdir, process)))
             yield machine.browser()
             yield machine.llama_cpp()
-            yield from _devices(configs, probe, deadline)
+            yield from _devices(configs, torch)
             yield from in_time(
                 "plan", plan, f"end other programs, or take a command that waits: {PATIENT}"
             )
-    finally:
-        probe.close()
-        process.__exit__()
 
 
 def _disk(config: Config, workdir: Path) -> list[Finding]:
@@ -137,10 +135,10 @@ def _reason(silence: Callable[[], str]) -> str:
 
 
 def _devices(
-    configs: Sequence[Config], probe: machine.Probe, deadline: Deadline
+    configs: Sequence[Config], torch: Callable[[], dict[str, Any] | str]
 ) -> Iterator[Finding]:
     try:
-        answer = probe.answer(deadline.left())
+        answer = torch()
     except TimeoutError:
         yield late("torch", "end other programs, and repeat the command")
         return

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
 import os
 import platform
-import subprocess
 import sys
 import webbrowser
 from collections.abc import Iterator, Mapping
@@ -21,51 +19,12 @@ from tinyllama_lab.config.schema import Config
 from tinyllama_lab.metrics import MIB
 from tinyllama_lab.study.machine import cpu_name
 from tinyllama_lab.sweep.doctor.finding import Finding, ok, problem, warning
-from tinyllama_lab.sweep.launchers.local import worker_environment
 
 PACKAGE = "tinyllama_lab"
-_READING_S = 0.2  # for an answer that is there already, at the end of the time
 _BUSY = 0.5  # of the cores; above it, timings are off
 _LITTLE_MIB = 2048  # of free memory
 _TRIED_BY = {"nf4": ("nf4", "fp4"), "int8": ("int8",)}  # values of `quant.kind`
 _UI = "http://127.0.0.1:5000"
-
-
-class Probe:
-    """Asks PyTorch in a process of its own, while other checks run."""
-
-    def __init__(self) -> None:
-        command = [sys.executable, "-m", "tinyllama_lab.core.probe"]
-        self._process = subprocess.Popen(
-            command,
-            env=worker_environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def answer(self, timeout_s: float) -> dict[str, Any] | str:
-        """Return what the process found, or why it found nothing.
-
-        Raises:
-            TimeoutError: it has not answered in time.
-        """
-        try:
-            out, errors = self._process.communicate(timeout=max(timeout_s, _READING_S))
-        except subprocess.TimeoutExpired as error:
-            raise TimeoutError from error
-        try:
-            answer: dict[str, Any] = json.loads(out.strip().rpartition("\n")[2])
-            return answer
-        except ValueError:
-            lines = errors.strip().splitlines()
-            return lines[-1] if lines else f"exit status {self._process.returncode}"
-
-    def close(self) -> None:
-        """End the process."""
-        self._process.kill()
-        self._process.communicate()
 
 
 def packages(name: str = PACKAGE) -> Iterator[Finding]:
@@ -105,7 +64,7 @@ def devices(answer: Mapping[str, Any] | str, config: Config) -> Iterator[Finding
     """Judge what the probe of PyTorch found.
 
     Args:
-        answer: of `Probe`.
+        answer: of `Forecasting.probe`.
         config: the command, which may need a GPU or quantization.
     """
     if isinstance(answer, str):
