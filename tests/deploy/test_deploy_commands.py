@@ -18,6 +18,7 @@ from tinyllama_lab.deploy.__main__ import main
 from tinyllama_lab.deploy.assistant import Assistant
 from tinyllama_lab.deploy.forms import Measured, Task
 from tinyllama_lab.errors import ConfigError, ModelError, StudyError
+from tinyllama_lab.study.exports import ExportRow, Exports
 from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.study.trial import TrialFolder, trial_key
 
@@ -269,6 +270,18 @@ def test_a_form_that_cannot_be_measured_leaves_the_others_in_the_table(
     rows = json.loads((trial / "deploy" / "measured.json").read_text())
     assert [row["form"] for row in rows] == ["base", "adapter"]
     shutil.rmtree(trial / "deploy")
+
+
+def test_models_come_before_files_and_large_files_before_small_ones(tmp_path: Path) -> None:
+    sizes = {"q4_0": 87.0, "merged": 513.0, "f16": 258.0, "adapter": 532.0, "q8_0": 138.0}
+    exports = Exports(tmp_path)
+    exports.merged_dir.mkdir()
+    for form, mib in sizes.items():  # one after another, as commands measure them
+        exports.gguf_file(form).write_text("")
+        row = ExportRow(form, form, 2.0, 0.0, 0.0, 0.0, {}, 1.0, 9.0, 9.0, 9.0, mib)
+        rows = exports.add_measured([row])
+    assert [row.form for row in rows] == ["adapter", "merged", "f16", "q8_0", "q4_0"]
+    assert exports.read_measured() == (rows, None)
 
 
 def measured_of(trial: Path) -> dict[str, float]:

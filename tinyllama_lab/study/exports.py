@@ -78,14 +78,18 @@ class Exports:
         return self.folder / f"base-{key}-{kind}.gguf"
 
     def add_measured(self, rows: Sequence[ExportRow]) -> list[ExportRow]:
-        """Record how exports compare, beside others that are still there, and return all rows."""
+        """Record how exports compare, beside others that are still there, and return all rows.
+
+        Models come first, then files, the largest first.
+        """
         forms = {row.form for row in rows}
         others = [row for row in self.read_measured()[0] if row.form not in forms]
-        kept = [row for row in others if self._path(row.form).exists()]
-        merged = [row for row in rows if row.form in _MODELS_FIRST]
-        files = [row for row in rows if row.form not in _MODELS_FIRST]
-        self._write([*merged, *kept, *files])
-        return [*merged, *kept, *files]
+        every = [*rows, *(row for row in others if self._path(row.form).exists())]
+        by_form = {row.form: row for row in every}
+        models = [by_form.pop(form) for form in _MODELS_FIRST if form in by_form]
+        files = sorted(by_form.values(), key=lambda row: -row.file_mib)
+        self._write([*models, *files])
+        return [*models, *files]
 
     def forget_measured(self, forms: Collection[str]) -> None:
         """Remove the rows of exports that are written again."""
