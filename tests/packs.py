@@ -179,7 +179,7 @@ def same_bits(found: TrialFolder, expected: TrialFolder) -> None:
 def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures and git take longer than a tiny trial does."""
 
-    def draw(trial: TrialFolder, losses: list[float], heldout: float) -> None:
+    def draw(trial: TrialFolder, *_: object) -> None:
         trial.loss_curve_file.write_bytes(b"a picture")
 
     monkeypatch.setattr("tinyllama_lab.core.training.attempt.plot_loss_curve", draw)

@@ -24,7 +24,9 @@ class Logged(Enum):
     """When trials log a metric."""
 
     ALWAYS = "always"
-    STEPS = "at every training step, and not in the result"
+    STEPS = "while a trial trains, and not in the result"
+    CHECKS = "with train.eval_every, train.patience or train.keep=best"
+    BEST = "with train.keep=best"
     AFTER_OTHERS = "where earlier trials of the base ran on this machine"
     ON_CUDA = "on CUDA"
     GENERAL_TEXT = "with eval.general"
@@ -124,6 +126,16 @@ _ALL = (  # in the order of columns
     _NATS("train/loss", "training loss"),
     Metric("train/grad_norm", "gradient norm", logged=Logged.STEPS),
     Metric("train/lr", "learning rate", logged=Logged.STEPS),
+    _NATS("heldout/loss", "held-out loss in training", logged=Logged.STEPS),
+    Metric(
+        "heldout/best_step",
+        "best step",
+        pattern="{:.0f}",
+        column=Column.PAGE,
+        logged=Logged.CHECKS,
+        long_label="step with the lowest held-out loss",
+    ),
+    _NATS("heldout/optimism", "gain by choosing the step", logged=Logged.BEST),
     _NATS("eval/general_loss", "general loss", column=Column.PAGE, logged=Logged.GENERAL_TEXT),
     _BITS(
         "eval/general_bits_per_byte",

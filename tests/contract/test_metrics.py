@@ -27,6 +27,7 @@ UNITS = {  # by the end of a name; what ends otherwise is a score, a share or a 
     "_mib": "MiB",
     "_tflop": "TFLOP",
     "_params": "parameters",
+    "optimism": "nats per token",
 }
 
 

@@ -38,6 +38,8 @@ def key_of_then(config: dict[str, Any]) -> str:
         del science["data"]["columns"][name]
     for name in ("optimizer", "loraplus_ratio", "label_smoothing", "neftune_alpha"):
         science["train"].pop(name, None)
+    for name in ("eval_every", "keep", "patience"):
+        science["train"].pop(name, None)
     for name in ("layers", "rank_pattern", "init"):
         (science["lora"] or {}).pop(name, None)  # a base has no adapter
     spelled = json.dumps(science, sort_keys=True, separators=(",", ":"), ensure_ascii=False)

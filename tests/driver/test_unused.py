@@ -248,7 +248,8 @@ ALWAYS = {
     *("train.max_steps", "train.batch_size", "train.lr", "train.schedule", "train.warmup_ratio"),
     *("train.optimizer", "train.loraplus_ratio", "train.label_smoothing", "train.neftune_alpha"),
     *("train.weight_decay", "train.clip_norm", "train.max_loss", "train.precision"),
-    *("train.deterministic", "eval.generations", "eval.latency_tokens", "eval.harness"),
+    *("train.deterministic", "train.eval_every", "train.keep", "train.patience"),
+    *("eval.generations", "eval.latency_tokens", "eval.harness"),
     *("profile", "study", "sweeps_dir", "retry", "confirm", "deploy", "eval.rows"),
     *("tracking.enabled", "hardware.device", "plan.skip_unfit"),
     # all or none of these, which the schema checks

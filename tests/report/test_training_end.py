@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ from tinyllama_lab.report.analysis.example_losses import read_losses
 from tinyllama_lab.report.analysis.ranking import rank_cells
 from tinyllama_lab.report.analysis.training_end import training_end
 from tinyllama_lab.report.analysis.trial_rows import read_study
+from tinyllama_lab.report.caveats import caveats
 from tinyllama_lab.study.events import EventLog
 from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.study.trial import TrialFolder
@@ -24,7 +28,7 @@ Shape = Callable[[np.ndarray], np.ndarray]
 
 
 def study_of(
-    root: Path, shape: Shape, noise: float = 0.02, seeds: Sequence[int] = (0,), **keys: float
+    root: Path, shape: Shape, noise: float = 0.02, seeds: Sequence[int] = (0,), **keys: Any
 ) -> StudyFolder:
     """Return a study of two ranks whose training loss is `shape` of the step, plus noise."""
     settings = {"train.epochs": [1.0], **{f"train.{k}": [v] for k, v in keys.items()}}
@@ -74,27 +78,56 @@ def test_a_loss_of_rows_seen_twice_is_not_reported(tmp_path: Path, keys: dict[st
     assert said(study) == []  # of 500 rows 1600 were seen, or each three times
 
 
-def with_rung(trial: TrialFolder, change: float) -> None:
-    """Add a rung after step 60 whose losses on 32 rows are `change` below those at the end."""
+def with_rung(trial: TrialFolder, change: float, kind: str = "rung") -> None:
+    """Add losses on 32 rows after step 60 that are `change` below those at the end."""
     losses = read_losses(first_evaluation(trial).per_example_file)
     assert losses is not None
     noise = np.random.default_rng(1).normal(0, 0.05, 32)
     examples = (losses.nats / losses.tokens)[:32] - change + noise
     EventLog(trial.events_file).append(
-        "rung", rung=0, step=60, values={"rung/eval_loss": 1.0}, examples=examples.tolist()
+        kind, rung=0, step=60, values={"rung/eval_loss": 1.0}, examples=examples.tolist()
     )
 
 
-@pytest.mark.parametrize("seeds", [(0,), (0, 1, 2)])
+@pytest.mark.parametrize(
+    ("seeds", "kind"), [((0,), "rung"), ((0, 1, 2), "rung"), ((0,), "heldout")]
+)
 @pytest.mark.parametrize(("change", "is_told"), [(0.2, True), (0.0, False), (-0.2, False)])
-def test_a_rung_that_was_better_than_the_end_is_reported(
-    tmp_path: Path, change: float, is_told: bool, seeds: tuple[int, ...]
+def test_a_step_that_was_better_than_the_end_is_reported(
+    tmp_path: Path, change: float, is_told: bool, seeds: tuple[int, ...], kind: str
 ) -> None:
     study = study_of(tmp_path, lambda at: np.full(STEPS, 2.0), seeds=seeds)
     for trial in study.trials():
-        with_rung(trial, change)
+        with_rung(trial, change, kind)
     texts = said(study)
     assert len(texts) == is_told
     if is_told:
         assert "after step 60 the held-out loss was lower by 0.2" in texts[0] or "0.1" in texts[0]
-        assert "on 32 rows: shorter training may do better" in texts[0]
+        assert "on 32 rows: shorter training, or train.keep=best, may do better" in texts[0]
+
+
+def with_metrics(study: StudyFolder, **metrics: float) -> None:
+    for number, trial in enumerate(study.trials()):
+        result, _ = trial.read_result()
+        assert result is not None
+        found = {f"heldout/{name}": value + 10 * number for name, value in metrics.items()}
+        trial.commit(replace(result, metrics={**result.metrics, **found}))
+
+
+def test_the_steps_that_were_kept_are_told_for_each_seed(tmp_path: Path) -> None:
+    study = study_of(tmp_path, lambda at: np.full(STEPS, 2.0), seeds=(0, 1), keep="best")
+    assert said(study) == []  # of trials in which no loss was a number
+    with_metrics(study, best_step=40)
+    (text,) = said(study)
+    assert re.fullmatch(r"train.keep=best kept the adapter after step \d\d, \d\d of 200", text)
+
+
+def test_the_losses_of_chosen_steps_are_called_too_low(tmp_path: Path) -> None:
+    study = study_of(tmp_path, lambda at: np.full(STEPS, 2.0))
+    comparison = make_comparison(read_study(study).trials)
+    cells = rank_cells(comparison)
+    assert not [text for text in caveats(comparison, [], cells) if "train.keep" in text]
+    with_metrics(study, optimism=-3.75)  # -3.75 and 6.25
+    comparison = make_comparison(read_study(study).trials)
+    (text,) = [text for text in caveats(comparison, [], cells) if "train.keep" in text]
+    assert "makes a loss look better by about 1.2500 nats a token" in text and "2 trials" in text

@@ -25,6 +25,9 @@ def settings(**changes: Any) -> TrainConfig:
         loraplus_ratio=None,
         label_smoothing=0.0,
         neftune_alpha=0.0,
+        eval_every=None,
+        keep="last",
+        patience=None,
     )
     return TrainConfig(**{**plain, **changes})
 

@@ -211,6 +211,9 @@ class TrainConfig:
     max_loss: float | None = rule(above=0)
     precision: str = rule(choices=("auto", "bf16", "fp16", "fp32"))
     deterministic: bool
+    eval_every: int | None = rule(least=1)  # optimizer steps
+    keep: str = rule(choices=("last", "best"))
+    patience: int | None = rule(least=1)  # held-out losses
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -69,7 +69,7 @@ def _run_trials(pack: Pack, log: EventLog, stopped: Callable[[], bool]) -> None:
     from tinyllama_lab.core.context import WorkerContext, raise_if_stopped
     from tinyllama_lab.core.meter import PeakMemory
     from tinyllama_lab.core.models.loading import load_base
-    from tinyllama_lab.core.training.attempt import tasks_with_data
+    from tinyllama_lab.core.training.tasks import tasks_with_data
 
     raise_if_stopped(stopped)  # the driver may have died during the imports
     hardware = part(HardwareConfig, work.hardware)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,8 +19,21 @@ from tinyllama_lab.study.trial import (
 )
 
 HELDOUT, CONFIRMATION = "heldout", "confirmation"  # the values of `eval.rows`
+CHECKS = 10  # held-out losses in training where `train.eval_every` does not say how often
 OF_ROWS = ("eval/", "base/")  # prefixes of metrics that depend on the evaluated rows
-Settings = Mapping[str, Any]  # an `eval` group
+Settings = Mapping[str, Any]  # a group, mostly `eval`
+
+
+def checks_every(train: Settings, steps: float) -> int | None:
+    """Return after how many steps of a training its held-out loss is taken; None for never.
+
+    Args:
+        train: the group `train`; trials of earlier versions lack some of its settings.
+        steps: of the whole training.
+    """
+    is_wanted = train.get("keep", "last") == "best" or train.get("patience") is not None
+    every: int | None = train.get("eval_every")
+    return math.ceil(steps / CHECKS) if every is None and is_wanted else every
 
 
 @dataclass(frozen=True)

@@ -25,16 +25,16 @@ EVAL = "eval"  # how an adapter is evaluated; it does not change the adapter
 # key leaves out settings at these values, so that the keys of earlier trials stay the same.
 NEUTRAL: dict[str, Any] = {
     "data.eval_path": None,  # if set, its content is part of `data.identity`
-    **dict.fromkeys(("data.eval_split", "data.date"), None),
+    **dict.fromkeys(("data.eval_split", "data.date", "lora.rank_pattern"), None),
     **{f"data.columns.{name}": None for name in ("text", "system", "tools", "group")},
     "data.rendering": 1,
     "data.subset": "nested",
     "train.optimizer": "adamw",
-    "train.loraplus_ratio": None,
+    "train.keep": "last",
+    **dict.fromkeys(("train.loraplus_ratio", "train.eval_every", "train.patience"), None),
     **dict.fromkeys(("train.label_smoothing", "train.neftune_alpha"), 0.0),
     **dict.fromkeys(("data.learn", "lora.layers"), "all"),
     "lora.init": "default",
-    "lora.rank_pattern": None,
     "eval.general": False,
     "eval.rows": "heldout",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from tinyllama_lab.config.command import study_settings, sweep_command
 from tinyllama_lab.config.resolve import resolved
 from tinyllama_lab.config.schema import ALL, Config, EvalConfig
 from tinyllama_lab.errors import ConfigError
-from tinyllama_lab.study.evaluations import read_requested, result_folder
+from tinyllama_lab.study.evaluations import checks_every, read_requested, result_folder
 from tinyllama_lab.study.pack import BaseSettings
 from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.study.trial import (
@@ -79,16 +80,31 @@ class Planned:
         """Return the cost in forward passes of one row, with `all_rows` rows for `data.n=all`."""
         if self.is_trained:
             return self.evaluation_work
-        train, data = self.config["train"], self.config["data"]
-        rows = (all_rows if data["n"] == ALL else data["n"]) * train["epochs"]
-        if train["max_steps"] is not None:
-            rows = train["max_steps"] * train["batch_size"]
-        return PASSES_TO_TRAIN * float(rows) + self.evaluation_work
+        data = self.config["data"]
+        rows = rows_seen(self.config["train"], all_rows if data["n"] == ALL else data["n"])
+        return PASSES_TO_TRAIN * rows + self.evaluation_work
 
     @property
     def evaluation_work(self) -> float:
-        """The part of `work` that comes after training, in forward passes of one row."""
-        return evaluation_work(self.config["eval"], self.config["data"]["eval_n"])
+        """The part of `work` that is no training, in forward passes of one row."""
+        data, train = self.config["data"], self.config["train"]
+        rows = GUESSED_ROWS if data["n"] == ALL else data["n"]
+        checks: int = 0 if self.is_trained else data["eval_n"] * checks_of(train, rows)
+        return evaluation_work(self.config["eval"], data["eval_n"]) + checks
+
+
+def rows_seen(train: Mapping[str, Any], rows: float) -> float:
+    """Return the rows of all steps of a training; a row counts as often as it is seen."""
+    if train["max_steps"] is not None:
+        return float(train["max_steps"] * train["batch_size"])
+    return float(rows * train["epochs"])
+
+
+def checks_of(train: Mapping[str, Any], rows: float) -> int:
+    """Return how often a training with `rows` rows takes its held-out loss."""
+    steps = math.ceil(rows_seen(train, rows) / train["batch_size"])
+    every = checks_every(train, steps)
+    return math.ceil(steps / every) if every else 0
 
 
 def evaluation_work(settings: Mapping[str, Any], rows: int) -> float:

@@ -31,6 +31,7 @@ from tinyllama_lab.core.models.loading import Base
 from tinyllama_lab.core.models.outline import Outline
 from tinyllama_lab.core.out_of_memory import is_out_of_memory
 from tinyllama_lab.core.resident import kernels_kept
+from tinyllama_lab.core.training.best_step import mib_with_best
 from tinyllama_lab.core.training.memory import Planner
 from tinyllama_lab.core.training.micro_batch import MicroBatchSize
 from tinyllama_lab.metrics import MIB
@@ -205,16 +206,15 @@ class Forecaster:
         """Return what a pack will need."""
         science, engine = trials[0].science, self._engine(trials[0].science)
         planner, context = self._planner(engine, trials)
-        sizes = [self._adapter_mib(engine, each.science.lora) for each in trials]
+        sizes = [self._training_mib(engine, each.science) for each in trials]
         longest = max(len(each.rows.longest.ids) for each in trials)
-        fixed = science.train.deterministic
-        together = planner.plan_training(sizes, longest, fixed)
+        together = planner.plan_training(sizes, longest, science.train.deterministic)
         needs = [self.need(trial) for trial in trials]
         most = max(needs, key=lambda need: need.most)
         # a worker plans with the first trial, but tokens of larger adapters keep more
         planner.assume(max(map(self._kept_per_token, trials)))
         # trials leave and others join, so the largest meet
-        trials = sorted(trials, key=lambda t: -self._adapter_mib(engine, t.science.lora))
+        trials = sorted(trials, key=lambda t: -self._training_mib(engine, t.science))
         sizes = sorted(sizes, reverse=True)[:together]
         laid_out = list(self._steps(engine, planner, context, trials[:together]))
         if together < len(trials):
@@ -245,32 +245,33 @@ class Forecaster:
 
     def alone(self, trial: Trial) -> PackForecast:
         """Return what a trial needs in a pack of its own."""
-        key = trial.size
-        if key not in self._alone:
+        if (key := trial.size) not in self._alone:
             self._alone[key] = self.forecast([trial])
         return self._alone[key]
 
     def need(self, trial: Trial) -> Need:
         """Return what a trial needs alone, with every remedy of the worker."""
-        key = trial.size
-        if key not in self._needs:
+        if (key := trial.size) not in self._needs:
             self._needs[key] = self._need(trial)
         return self._needs[key]
 
     def _need(self, trial: Trial) -> Need:
         engine = self._engine(trial.science)
         planner, context = self._planner(engine, [trial])
-        adapter_mib = self._adapter_mib(engine, trial.science.lora)
-        longest = len(trial.rows.longest.ids)
-        planner.plan_training([adapter_mib], longest, trial.science.train.deterministic)
+        adapter_mib = self._training_mib(engine, trial.science)
+        longest, fixed = len(trial.rows.longest.ids), trial.science.train.deterministic
+        planner.plan_training([adapter_mib], longest, fixed)
         training = planner.predicted_alone(adapter_mib)["memory/alone_mib"]
         scoring = self._scoring(engine, planner, context, [trial], self._machine.is_gpu)
         return Need(*(max(0.0, mib - self.baseline_mib) for mib in (training, scoring)))
 
+    def _training_mib(self, engine: Engine[Any], science: Science) -> float:
+        adapter_mib = self._adapter_mib(engine, science.lora)
+        return mib_with_best(adapter_mib, science.train, self._machine.device)
+
     def _adapter_mib(self, engine: Engine[Any], lora: LoraConfig) -> float:
         """Return MiB of an adapter in training; its settings decide the engine."""
-        key = repr(lora)
-        if key not in self._adapters_mib:
+        if (key := repr(lora)) not in self._adapters_mib:
             self._adapters_mib[key] = engine.adapter_mib(lora)
         return self._adapters_mib[key]
 
@@ -332,8 +333,8 @@ class Forecaster:
         PyTorch's kernel there wants as many keys and values as queries, and keeps its result.
         """
         config: Any = self._outline.model.config
-        width = config.num_attention_heads * head_size(config)
-        return 3 * width * config.num_hidden_layers * self._outline.dtype.itemsize / MIB
+        values = config.num_attention_heads * head_size(config) * config.num_hidden_layers
+        return 3 * values * self._outline.dtype.itemsize / MIB
 
     def _steps(
         self,

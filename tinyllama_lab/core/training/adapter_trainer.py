@@ -14,7 +14,9 @@ from torch import nn
 from tinyllama_lab.config.schema import Science, TrainConfig
 from tinyllama_lab.core.dataset.dataset import Example, fingerprint
 from tinyllama_lab.core.engines.base import Adapter, WorkItem
+from tinyllama_lab.core.evaluation.losses import ExampleLoss
 from tinyllama_lab.core.training import checkpoint
+from tinyllama_lab.core.training.best_step import BestStep, copy_values
 from tinyllama_lab.core.training.checkpoint import Checkpoint
 from tinyllama_lab.core.training.optimizer import AdapterOptimizer, values_of
 from tinyllama_lab.core.training.step_schedule import batches, lr_factor, rows_seen, steps_of
@@ -71,6 +73,7 @@ class AdapterTrainer:
         self.settings = science.train
         self._science = science
         self.steps = steps_of(len(examples), science.train)
+        self.heldout = BestStep(trial, science.train, self.steps)
         self.saved_at = time.monotonic()
         self.saving_s = 0.0  # what the last checkpoint took
         self._examples = examples
@@ -88,8 +91,17 @@ class AdapterTrainer:
 
     @property
     def is_done(self) -> bool:
-        """Return whether every step was taken."""
-        return self.progress.step >= self.steps
+        """Return whether every step was taken, or training ended early."""
+        return self.progress.step >= self.steps or self.heldout.is_over
+
+    @property
+    def is_check_due(self) -> bool:
+        """Return whether the held-out loss after the last step is wanted and not known."""
+        return self.heldout.is_due(self.progress.step)
+
+    def check(self, losses: Sequence[ExampleLoss]) -> None:
+        """Take the held-out losses after the last step."""
+        self.heldout.note(self.progress.step, losses, self.adapter)
 
     @property
     def rows_seen(self) -> int:
@@ -187,11 +199,13 @@ class AdapterTrainer:
         parameters = self.adapter.parameters
         tensors = {f"adapter.{k}": v for k, v in self.adapter.named(parameters).items()}
         tensors |= random_state if self.is_done else self._optimizer.tensors() | random_state
+        tensors |= self.heldout.tensors(self.adapter)
         facts = {
             "progress": vars(self.progress),
             "scaler": self.scaler.state_dict(),
             "examples": self._fingerprint,
             "optimizer": {} if self.is_done else self._optimizer.numbers(),
+            "heldout": self.heldout.facts(),
         }
         snapshot = Checkpoint(self.progress.step, tensors, facts)
         checkpoint.save(self.trial.checkpoint_dir, snapshot)
@@ -233,13 +247,8 @@ class AdapterTrainer:
 
     def _restore(self, stored: Checkpoint) -> None:
         """Continue from a checkpoint: adapter, progress, optimizer, scaler and batch order."""
-        parameters = self.adapter.parameters
-        with torch.no_grad():
-            values = values_of(self.adapter, stored.tensors, "adapter")
-            for parameter, value in zip(parameters, values, strict=True):
-                # in place: the optimizer, and the views of a packed adapter, refer to this storage
-                parameter.copy_(value)
-        self.adapter.updated()
+        copy_values(values_of(self.adapter, stored.tensors, "adapter"), self.adapter)
+        self.heldout.restore(stored.facts.get("heldout", {}), stored.tensors, self.adapter)
         self.progress = Progress(**stored.facts["progress"])
         self.resumed_at = self.progress.step
         if not self.is_done:  # the checkpoint of a finished training has no state of it

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -32,7 +32,7 @@ from tinyllama_lab.errors import (
     LabError,
 )
 from tinyllama_lab.metrics import HELDOUT_LOSS, MIB
-from tinyllama_lab.study.evaluations import facts_of_rows
+from tinyllama_lab.study.evaluations import HELDOUT, facts_of_rows
 from tinyllama_lab.study.events import EventLog, read_events
 from tinyllama_lab.study.files import atomic_folder, share_equal, write_atomic
 from tinyllama_lab.study.pack import Task
@@ -69,6 +69,7 @@ class Attempt:
         self._prepared: Prepared | None = None
         self._handler: logging.Handler | None = None
         self._losses: list[float] = []
+        self._heldout: dict[int, float] = {}  # losses while it trained, by step
 
     def begin(self) -> None:
         """Log that the trial runs, and read its data.
@@ -106,7 +107,7 @@ class Attempt:
                 )
 
     def _record_start(self) -> None:
-        self.result.attempts = _count_attempt(self.log, self.trial)
+        self.result.attempts = count_attempt(self.log, self.trial)
         self.result.overrides = self._overrides
         self.result.environment |= self._context.environment()
 
@@ -160,13 +161,14 @@ class Attempt:
             "size/adapter_mib": self.trial.weights_file.stat().st_size / MIB,
             "size/trainable_params": float(trainer.adapter.trainable_params),
             **progress.memory,
+            **trainer.heldout.metrics(is_scored=self.science.eval.rows == HELDOUT),
         }
         pace, hardware = self._pace, self.result.environment["hardware"]
         if pace is not None and pace.hardware == hardware:
             self.result.metrics["perf/predicted_seconds"] = pace.seconds(progress.tokens)
         self.result.data["train_rows_seen"] = trainer.rows_seen
         self.seconds += progress.seconds
-        self._losses = progress.losses
+        self._losses, self._heldout = progress.losses, trainer.heldout.curve
 
     def _save_adapter(self, adapter: Adapter) -> None:
         """Save the adapter's folder atomically: a killed worker leaves all of it or nothing.
@@ -233,7 +235,7 @@ class Attempt:
         if not self.is_trained:
             self._write_evaluation()
             self.result.evaluation = self.evaluation.key
-            plot_loss_curve(self.trial, self._losses, metrics[HELDOUT_LOSS])
+            plot_loss_curve(self.trial, self._losses, metrics[HELDOUT_LOSS], self._heldout)
             trial, eval_files = self.trial, self.evaluation.folder.glob("[!.]*")
             card = trial_card(Facts.of(trial, self.result, self._context.base.end_ids))
             write_atomic(trial.card_file, card.text())
@@ -302,17 +304,6 @@ def _log_to(trial: TrialFolder) -> logging.Handler:
     return handler
 
 
-def make_attempts(context: WorkerContext, tasks: Sequence[Task]) -> list[Attempt]:
-    """Return the trials that can be attempted; one with a damaged configuration fails here."""
-    attempts = []
-    for task in tasks:
-        try:
-            attempts.append(Attempt(context, task))
-        except LabError as error:
-            _refuse(task, error)
-    return attempts
-
-
 def prepare(cache: DataCache, data: DataConfig, settings: EvalConfig, seed: int = 0) -> Prepared:
     """Return the data of a trial, and check that prompts leave room for generated tokens.
 
@@ -328,34 +319,7 @@ def prepare(cache: DataCache, data: DataConfig, settings: EvalConfig, seed: int 
     return prepared
 
 
-def tasks_with_data(data: DataCache, tasks: Sequence[Task]) -> list[Task]:
-    """Return the tasks whose data can be read; the others fail before a model is loaded."""
-    readable = []
-    for task in tasks:
-        try:
-            science: Science = part(Science, task.read_config())
-            prepare(data, science.data, science.eval, science.seed)
-        except LabError as error:
-            _refuse(task, error)
-            continue
-        except Exception:
-            logger.debug("%s: deferred until the trial starts", task.trial.name, exc_info=True)
-        readable.append(task)
-    return readable
-
-
-def _refuse(task: Task, error: LabError) -> None:
-    """Write the result of a trial that cannot begin."""
-    trial, (state, record) = task.trial, classify(error)
-    log = EventLog(trial.events_file)
-    attempts = _count_attempt(log, trial)
-    overrides, result_folder = list(task.overrides), task.result_folder
-    result_folder.commit(Result(result_folder.key, trial.name, state, record, overrides, attempts))
-    log.append("state", state=str(state))
-    logger.error("%s failed", trial.folder.name, exc_info=error)
-
-
-def _count_attempt(log: EventLog, trial: TrialFolder) -> int:
+def count_attempt(log: EventLog, trial: TrialFolder) -> int:
     """Log that a trial is started; return how often that has happened."""
     events = read_events(trial.events_file)
     attempts = sum(event.get("state") == "running" for event in events) + 1
@@ -386,13 +350,26 @@ def classify(error: Exception) -> tuple[State, dict[str, str]]:
     return state, {"class": name, "message": message, "log_tail": "\n".join(tail)}
 
 
-def plot_loss_curve(trial: TrialFolder, losses: Sequence[float], heldout_loss: float) -> None:
-    """Plot the training loss of every step, and the final held-out loss as a line."""
+def plot_loss_curve(
+    trial: TrialFolder,
+    losses: Sequence[float],
+    heldout_loss: float,
+    heldout: Mapping[int, float],
+) -> None:
+    """Plot the training loss of every step, and the held-out loss at the end as a line.
+
+    Args:
+        trial: where the picture goes.
+        losses: of training.
+        heldout_loss: of the adapter that is kept.
+        heldout: by step, as far as it was taken in training.
+    """
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
     steps = range(1, len(losses) + 1)
     axes.plot(steps, losses, marker="o" if len(losses) < 40 else None, markersize=3, label="train")
     axes.axhline(heldout_loss, color="C1", linestyle="--", label=f"held out: {heldout_loss:.3f}")
+    axes.plot(list(heldout), list(heldout.values()), color="C1", marker="o", markersize=3)
     axes.set(xlabel="optimizer step", ylabel="loss (nats per label token)", title=trial.name)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,8 +13,10 @@ from typing import Any
 from tinyllama_lab.core.context import WorkerContext, raise_if_fatal
 from tinyllama_lab.core.engines.base import Adapter, Engine
 from tinyllama_lab.core.evaluation.bases import Bases
+from tinyllama_lab.core.evaluation.losses import heldout_losses
 from tinyllama_lab.core.training.adapter_trainer import AdapterTrainer
 from tinyllama_lab.core.training.attempt import Attempt
+from tinyllama_lab.core.training.best_step import mib_with_best
 from tinyllama_lab.core.training.finish import finish
 from tinyllama_lab.core.training.loop import Round, StepError, train_round
 from tinyllama_lab.core.training.memory import Planner
@@ -173,7 +176,7 @@ class Pool:
         science = attempt.science
         candidates = [attempt, *self._waiting][: self._engine.max_concurrent]
         # before an adapter is attached, because PEFT renames the base's modules
-        sizes = [self._engine.adapter_mib(each.science.lora) for each in candidates]
+        sizes = [self._training_mib(each) for each in candidates]
         # assume that later trials of the stream are as large as the largest
         if self._context.stream is not None and self._engine.max_concurrent is None:
             sizes += [max(sizes)] * (self._context.stream.max_concurrent - len(sizes))
@@ -196,8 +199,14 @@ class Pool:
         rungs = Rungs.of(attempt.trial, self._context.stream, trainer.steps)
         return Member(attempt, trainer, sizes[0], rungs)
 
+    def _training_mib(self, attempt: Attempt) -> float:
+        """Return what the adapter of an attempt takes in training."""
+        science, device = attempt.science, self._context.base.device
+        return mib_with_best(self._engine.adapter_mib(science.lora), science.train, device)
+
     def _round(self) -> None:
         """Take one step with every adapter in training."""
+        self._check_heldout(self._training)  # those that were stopped between a step and its check
         members = [member for member in self._training if not member.trainer.is_done]
         failed: dict[int, Exception] = {}
         if members:  # empty if all were resumed after their last step
@@ -218,6 +227,7 @@ class Pool:
                 return
             failed = outcome.failed
             self._learn(outcome, members)
+        self._check_heldout([m for m in members if id(m.trainer) not in failed])
         every_s = self._checkpoint_every_s
         # a copy of the list, because members leave it in the loop
         for member in list(self._training):
@@ -245,31 +255,59 @@ class Pool:
 
     def _prune_at_rungs(self) -> None:
         """Score the trials at a rung; end those that the driver pruned."""
-        due = [m for m in self._training if m.rungs.due(m.trainer) is not None]
-        self._score_rungs(due)
+        due = [member for member in self._training if self._is_at_rung(member)]
+        self._score_together(due, self._score_rungs, self._is_at_rung)
         await_pruning([m.attempt.trial for m in due], self._step_s)
         for member in list(self._training):
             if reason := member.attempt.trial.prune_reason():
                 member.attempt.prune(member.trainer, reason)
                 self._leave(member)
 
-    def _score_rungs(self, members: list[Member]) -> None:
-        """Score the adapters at a rung together, or one by one where that fails."""
+    @staticmethod
+    def _is_at_rung(member: Member) -> bool:
+        return member.rungs.due(member.trainer) is not None
+
+    def _score_rungs(self, members: Sequence[Member]) -> None:
         entries = [(m.rungs, m.trainer, m.attempt.prepared.heldout) for m in members]
+        score_due(self._context, self._engine, entries)
+
+    def _check_heldout(self, members: Sequence[Member]) -> None:
+        """Take the held-out losses that are due."""
+        self._score_together(members, self._score_heldout, lambda m: m.trainer.is_check_due)
+
+    def _score_heldout(self, members: Sequence[Member]) -> None:
+        """Take held-out losses; they are never of rows that are kept for confirmation."""
+        begin = time.monotonic()
+        sciences = [member.attempt.science for member in members]
+        rows = [self._context.data.prepare(s.data, s.seed).heldout for s in sciences]
+        work = [(m.trainer.adapter, of_one) for m, of_one in zip(members, rows, strict=True)]
+        first = members[0].attempt.trial
+        all_losses = heldout_losses(self._context, self._engine, work, first)
+        for member, losses in zip(members, all_losses, strict=True):
+            member.trainer.check(losses)
+            member.attempt.seconds += (time.monotonic() - begin) / len(members)
+
+    def _score_together(
+        self,
+        members: Sequence[Member],
+        score: Callable[[Sequence[Member]], None],
+        is_due: Callable[[Member], bool],
+    ) -> None:
+        """Score the adapters in training that are due together, or one by one where that fails."""
+        due = [member for member in members if is_due(member)]
         try:
-            if members:
-                score_due(self._context, self._engine, entries)
+            if due:
+                score(due)
         except StoppedError:
             raise
         except Exception as error:
-            if len(members) == 1:
-                self._fail(members[0].attempt, error, members[0])
+            if len(due) == 1:
+                self._fail(due[0].attempt, error, due[0])
                 return
             raise_if_fatal(error)
-            for member in members:
-                # those before the one that failed may have been scored and reported already
-                if member.rungs.due(member.trainer) is not None:
-                    self._score_rungs([member])
+            for member in due:
+                # those before the one that failed may have been scored already
+                self._score_together([member], score, is_due)
 
     @property
     def _checkpoint_every_s(self) -> float:
@@ -283,6 +321,8 @@ class Pool:
         trainer = member.trainer
         if error is not None:
             raise error
+        if trainer.is_done:
+            trainer.heldout.restore_best(trainer.adapter)
         if trainer.is_done or trainer.is_due(every_s):
             # stored with the progress, because the peaks of the process are lost with it
             trainer.progress.note_memory(self._context.memory.read("train"))

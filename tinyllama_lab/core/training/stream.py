@@ -20,10 +20,11 @@ from tinyllama_lab.core.engines.peft import PeftEngine
 from tinyllama_lab.core.evaluation.bases import Bases
 from tinyllama_lab.core.models import lora
 from tinyllama_lab.core.models.loading import Base
-from tinyllama_lab.core.training.attempt import Attempt, make_attempts
+from tinyllama_lab.core.training.attempt import Attempt
 from tinyllama_lab.core.training.pack_check import why_not_packed
 from tinyllama_lab.core.training.pool import Pool
 from tinyllama_lab.core.training.rungs import LOOK_EVERY_S
+from tinyllama_lab.core.training.tasks import make_attempts
 from tinyllama_lab.errors import ModelError
 from tinyllama_lab.study.pack import Arrivals, Task
 

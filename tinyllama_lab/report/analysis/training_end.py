@@ -1,13 +1,15 @@
 """Whether the recommended setting was trained long enough, from what it logged while it trained.
 
-There are two checks, each silent without evidence:
+With `train.keep=best` it says which step was kept. There are two checks, each silent without
+evidence:
 
 - A straight line through the training loss of the last fifth of the steps. In the first pass over
   the data each step sees new rows, so the losses are independent and the usual standard error
   holds. A decaying learning rate flattens the end of every curve: longer training may help even
   if the line does not fall. After the first pass nothing is said, since a falling training loss
   may be rows learned by heart.
-- The held-out loss at rungs (searches and tunings only) against that after the last step, by row.
+- The held-out loss in training (at rungs, or with `train.eval_every`) against that after the last
+  step, by row.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ def training_end(cells: Sequence[RankedCell]) -> Iterator[str]:
         if (first.settings.get("train.epochs") or 0) <= 1 and not _repeats_rows(first):
             yield from _still_falling([step_losses(t.row.trial) for t in chosen.trials])
         yield from _better_before(chosen.trials)
+        yield from _kept(chosen.trials)
 
 
 def _repeats_rows(trial: Scored) -> bool:
@@ -59,12 +62,28 @@ def _still_falling(curves: Sequence[dict[int, float]]) -> Iterator[str]:
         )
 
 
+def _kept(trials: Sequence[Scored]) -> Iterator[str]:
+    """Yield which steps of the chosen setting `train.keep=best` kept."""
+    steps = [trial.metric("heldout/best_step") for trial in trials]
+    if trials[0].settings.get("train.keep") != "best" or None in steps:
+        return
+    last = {max(step_losses(trial.row.trial), default=0) for trial in trials}
+    yield (
+        f"train.keep=best kept the adapter after step {_numbers(steps)} of "
+        f"{_numbers(sorted(last))}"
+    )
+
+
+def _numbers(values: Sequence[float | None]) -> str:
+    return ", ".join(f"{value:.0f}" for value in values if value is not None)
+
+
 def _rungs(trial: Scored) -> dict[int, Array]:
-    """Return the loss of each row at every rung, nats per token, by optimizer step."""
+    """Return the loss of each row in training, nats per token, by optimizer step."""
     return {
         int(event["step"]): np.array(event["examples"], dtype=float)
         for event in read_events(trial.row.trial.events_file)
-        if event.get("kind") == "rung" and event.get("examples")
+        if event.get("kind") in ("rung", "heldout") and event.get("examples")
     }
 
 
@@ -96,6 +115,7 @@ def _better_before(trials: Sequence[Scored]) -> Iterator[str]:
         if estimate.interval()[0] > 0:
             yield (
                 f"after step {step} the held-out loss was lower by {estimate.difference:.4f} nats "
-                f"a token than at the end, on {count} rows: shorter training may do better"
+                f"a token than at the end, on {count} rows: shorter training, or train.keep=best, "
+                "may do better"
             )
         return

@@ -21,7 +21,7 @@ from tinyllama_lab.report.text import counted
 from tinyllama_lab.study.machine import cpu_name, gpu_name
 from tinyllama_lab.study.pack import Pace
 from tinyllama_lab.study.trial import EVAL
-from tinyllama_lab.sweep.plan import PASSES_TO_TRAIN, Plan, Planned, evaluation_work
+from tinyllama_lab.sweep.plan import PASSES_TO_TRAIN, Plan, Planned, checks_of, evaluation_work
 
 CHARACTERS_A_TOKEN = 4  # of English text
 TEMPLATE_TOKENS = 20  # of a row: the marks that a chat template puts around the turns
@@ -160,8 +160,16 @@ def _scorings(trials: Sequence[Scored]) -> Iterator[float]:
             continue
         settings = _first_scoring(trial)
         if not (settings["general"] or settings["harness"]):  # of which no work is known
-            work = evaluation_work(settings, int(trial.settings["data.eval_n"]))
+            rows = int(trial.settings["data.eval_n"])
+            work = evaluation_work(settings, rows) + rows * _checks(trial)
             yield (whole - training) / work
+
+
+def _checks(trial: Scored) -> int:
+    """Return how often a trial took its held-out loss while it trained."""
+    train: dict[str, Any] = trial.row.trial.read_config()["train"]
+    data = trial.row.result.data if trial.row.result else {}
+    return checks_of(train, float(data.get("train_rows") or 0))
 
 
 def _first_scoring(trial: Scored) -> dict[str, Any]:

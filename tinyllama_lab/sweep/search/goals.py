@@ -65,6 +65,7 @@ def logged_metrics(settings: Mapping[str, Any], cuda: bool) -> list[str]:
     conditions = {
         Logged.ALWAYS: True,
         Logged.STEPS: False,  # they have a value for each step, not one for the trial
+        **dict.fromkeys((Logged.CHECKS, Logged.BEST), False),  # they describe a choice
         Logged.AFTER_OTHERS: False,  # the first trials of a machine lack it
         Logged.ON_CUDA: cuda,
         Logged.GENERAL_TEXT: bool(evaluation["general"]),

@@ -251,6 +251,8 @@ def points_of(events: list[Event], after_step: int) -> list[Point]:
         if event["kind"] == "metric" and step > after_step:
             points += points_at(int(event["time"] * 1000), step, event.get("values") or {})
             after_step = step
+        elif event["kind"] == "heldout" and step >= after_step:  # it comes after its step
+            points += points_at(int(event["time"] * 1000), step, event.get("values") or {})
         elif event["kind"] == "rung":  # a worker writes each rung only once, even after a restart
             points += points_at(int(event["time"] * 1000), step, event.get("values") or {})
     return points
