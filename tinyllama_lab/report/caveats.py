@@ -26,6 +26,7 @@ from tinyllama_lab.report.analysis.tuned import RATE
 from tinyllama_lab.report.text import counted
 from tinyllama_lab.study.trial import State
 
+_LEAST_GAIN = 0.0001  # nats a token; a smaller one, or a loss, is not told as a number
 LOST_SHARE = 0.1  # of the rows; if more are left out or cut, a note says so
 
 
@@ -93,10 +94,12 @@ def _chosen_steps(comparison: Comparison) -> Iterator[str]:
     gains = [trial.metric("heldout/optimism") for trial in comparison.trials]
     known = [gain for gain in gains if gain is not None]
     if known:
+        gain = float(np.mean(known))
+        amount = f"about {gain:.4f}" if gain >= _LEAST_GAIN else f"less than {_LEAST_GAIN:g}"
         yield (
             "train.keep=best chose steps on the rows that are scored, which makes a loss look "
-            f"better by about {max(0.0, float(np.mean(known))):.4f} nats a token (cross-validated "
-            f"over rows; {counted(len(known), 'trial')}); confirmation is not affected"
+            f"better by {amount} nats a token (cross-validated over rows; "
+            f"{counted(len(known), 'trial')}); confirmation is not affected"
         )
 
 
