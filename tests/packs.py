@@ -205,8 +205,8 @@ class Wrapped:
         self.adapters: list[Adapter] = []  # those on the base now, oldest first
         self.added: list[Adapter] = []  # all there ever were
 
-    def add(self, config: Any, seed: int) -> Adapter:
-        adapter: Adapter = self.inside.add(config, seed)
+    def add(self, config: Any, seed: int, rows: Any = ()) -> Adapter:
+        adapter: Adapter = self.inside.add(config, seed, rows)
         self.adapters.append(adapter)
         self.added.append(adapter)
         return adapter

@@ -179,8 +179,8 @@ def test_a_waiting_trial_enters_when_another_leaves_and_no_bit_changes(
     most: list[int] = []
 
     class Watched(Wrapped):
-        def add(self, config: Any, seed: int) -> Any:
-            adapter = super().add(config, seed)
+        def add(self, config: Any, seed: int, rows: Any = ()) -> Any:
+            adapter = super().add(config, seed, rows)
             most.append(len(self.adapters))
             return adapter
 

@@ -205,10 +205,10 @@ class Narrow(Wrapped):
 
     most = 0
 
-    def add(self, config: Any, seed: int) -> Any:
+    def add(self, config: Any, seed: int, rows: Any = ()) -> Any:
         if config.r == GUILTY and self.adapters:
             raise OUT_OF_MEMORY[0]
-        added = super().add(config, seed)
+        added = super().add(config, seed, rows)
         self.most = max(self.most, len(self.adapters))
         return added
 

@@ -53,6 +53,12 @@ class LoraConfig:
                 f"lora.init={self.init} takes the first B @ A out of the base, whose norms "
                 f"lora.variant={self.variant} needs; set lora.init=default"
             )
+        if self.reads_rows and self.rank_pattern:
+            yield (
+                f"lora.rank_pattern must be null when lora.init={self.init}, where PEFT moves "
+                f"ranks between modules with the same inputs, got {self.rank_pattern}; "
+                "set lora.init=default"
+            )
         expression = expression_of(self.targets) if isinstance(self.targets, str) else None
         if expression is not None and self.layers != "all":
             yield (
@@ -72,6 +78,11 @@ class LoraConfig:
     def shifts_base(self) -> bool:
         """Whether the adapter begins with a B @ A that is not zero."""
         return INITIALISATIONS[self.init].shifts_base
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether the first values depend on rows of the training."""
+        return INITIALISATIONS[self.init].reads_rows
 
     @property
     def saved_rank(self) -> int:

@@ -27,6 +27,7 @@ class Initialisation:
     peft: bool | str  # `init_lora_weights` of `peft.LoraConfig`
     # B @ A is not zero: PEFT takes it out of the base's weights, a pack keeps it as a frozen pair
     shifts_base: bool = False
+    reads_rows: bool = False  # A comes from the base's activations on rows of the training
 
 
 INITIALISATIONS = {
@@ -35,6 +36,8 @@ INITIALISATIONS = {
     "orthogonal": Initialisation("orthogonal"),
     "pissa": Initialisation("pissa_niter_16", shifts_base=True),  # arXiv 2404.02948
     "olora": Initialisation("olora", shifts_base=True),  # arXiv 2406.01775
+    # PEFT's "eva" would ask for rows when a saved adapter is loaded
+    "eva": Initialisation(True, reads_rows=True),  # arXiv 2410.07170
 }
 VARIANTS = {
     "lora": Variant(),  # arXiv 2106.09685

@@ -93,8 +93,15 @@ class Engine(Protocol[A]):
     def grows_evenly(self) -> bool:
         """Return whether what backward keeps is in proportion to the tokens of a row."""
 
-    def add(self, config: LoraConfig, seed: int) -> A:
-        """Add a new adapter, whose initial values the seed decides."""
+    def add(self, config: LoraConfig, seed: int, rows: Sequence[Example] = ()) -> A:
+        """Add a new adapter, whose initial values the seed decides.
+
+        Args:
+            config: its settings.
+            seed: of its initial values.
+            rows: of its training, in their order, if the settings say that it reads them; none if
+                saved values will replace the initial ones.
+        """
 
     def remove(self, adapter: A) -> None:
         """Free the adapter's memory and restore the base."""

@@ -25,6 +25,7 @@ from tinyllama_lab.core.engines.generate import ROWS, generate
 from tinyllama_lab.core.engines.packed.dropout import noise
 from tinyllama_lab.core.engines.sampling import TokenSampling
 from tinyllama_lab.core.models import lora
+from tinyllama_lab.core.models.eva import InputDirections
 from tinyllama_lab.core.models.heads import has_plain_head
 from tinyllama_lab.core.models.loading import Base
 from tinyllama_lab.metrics import MIB
@@ -95,10 +96,12 @@ class PeftEngine:
         self._base = base
         self._adapter: PeftAdapter | None = None
         self._recomputes = False
+        self._directions = InputDirections(base.model)
 
-    def add(self, config: LoraConfig, seed: int) -> PeftAdapter:
+    def add(self, config: LoraConfig, seed: int, rows: Sequence[Example] = ()) -> PeftAdapter:
         """Attach a new adapter."""
-        self._adapter = PeftAdapter(lora.attach(self._base.model, config, seed))
+        first_a = self._directions.of(config, rows)
+        self._adapter = PeftAdapter(lora.attach(self._base.model, config, seed, first_a))
         return self._adapter
 
     def remove(self, adapter: PeftAdapter) -> None:

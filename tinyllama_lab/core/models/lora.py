@@ -179,8 +179,15 @@ def of_module(patterns: Mapping[str, Any] | None, module: str, other: Any) -> An
     return (patterns or {}).get(get_pattern_key(list(patterns or ()), module), other)
 
 
-def attach(model: PreTrainedModel, lora: LoraConfig, seed: int) -> peft.PeftModel:
+def attach(
+    model: PreTrainedModel,
+    lora: LoraConfig,
+    seed: int,
+    first_a: Mapping[str, torch.Tensor] | None = None,
+) -> peft.PeftModel:
     """Attach a new adapter to the base; the seed decides its initial values.
+
+    Those of A in `first_a`, by module name, replace drawn ones.
 
     Raises:
         ModelError: as in `peft_config`.
@@ -190,19 +197,26 @@ def attach(model: PreTrainedModel, lora: LoraConfig, seed: int) -> peft.PeftMode
     torch.manual_seed(seed)
     revision = getattr(model.config, "_commit_hash", None)  # of the base, for AutoPeftModel
     with no_peft_deprecation():
-        return peft.get_peft_model(model, config, revision=revision)
+        adapted = peft.get_peft_model(model, config, revision=revision)
+    for name, value in (first_a or {}).items():
+        module: Any = adapted.get_base_model().get_submodule(name)
+        module.lora_A["default"].weight.data.copy_(value)
+    return adapted
 
 
 def first_values(
-    model: PreTrainedModel, lora: LoraConfig, seed: int
+    model: PreTrainedModel,
+    lora: LoraConfig,
+    seed: int,
+    first_a: Mapping[str, torch.Tensor] | None = None,
 ) -> tuple[peft.LoraConfig, dict[str, torch.Tensor]]:
     """Return PEFT's settings of an adapter, and its first values by the names of its file.
 
-    The values are float32 on the CPU. The base stays as it was.
+    `first_a` is as in `attach`. The values are float32 on the CPU. The base stays as it was.
     """
     if lora.shifts_base:
         return _first_values_apart(model, lora, seed)
-    adapted = attach(model, lora, seed)
+    adapted = attach(model, lora, seed, first_a)
     try:
         values, config = _values(adapted), adapted.peft_config["default"]
     finally:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tinyllama_lab.core.context import WorkerContext, raise_if_fatal
+from tinyllama_lab.core.dataset.example import Example
 from tinyllama_lab.core.engines.base import Adapter, Engine
 from tinyllama_lab.core.evaluation.bases import Bases
 from tinyllama_lab.core.evaluation.losses import heldout_losses
@@ -22,6 +23,7 @@ from tinyllama_lab.core.training.loop import Round, StepError, train_round
 from tinyllama_lab.core.training.memory import Planner
 from tinyllama_lab.core.training.micro_batch import MicroBatchSize
 from tinyllama_lab.core.training.rungs import Rungs, await_pruning, score_due
+from tinyllama_lab.core.training.step_schedule import first_epoch
 from tinyllama_lab.errors import StoppedError
 
 SAVING_SHARE = 0.03  # of the time that goes by between two checkpoints
@@ -181,7 +183,7 @@ class Pool:
         if self._context.stream is not None and self._engine.max_concurrent is None:
             sizes += [max(sizes)] * (self._context.stream.max_concurrent - len(sizes))
         self._planner.note_dropout(science.lora)
-        adapter = self._engine.add(science.lora, science.seed)
+        adapter = self._engine.add(science.lora, science.seed, _rows_to_read(attempt))
         try:
             # once, with the first adapter: the memory of others is computed from their sizes
             if not self._planner.is_ready:
@@ -384,3 +386,12 @@ class Pool:
             attempt.seconds += member.trainer.progress.seconds
             self._leave(member)
         attempt.fail(error)
+
+
+def _rows_to_read(attempt: Attempt) -> list[Example]:
+    """Return the rows of the first epoch in training order, if first values depend on them."""
+    science, examples = attempt.science, attempt.prepared.train
+    if not science.lora.reads_rows:
+        return []
+    order = first_epoch(len(examples), science.train, science.seed)
+    return [examples[row] for row in order]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import chain, islice
 
 import torch
 
@@ -35,6 +36,11 @@ def batches(rows: int, train: TrainConfig, seed: int) -> Iterator[list[int]]:
                 batch = []
     if batch:
         yield batch
+
+
+def first_epoch(rows: int, train: TrainConfig, seed: int) -> list[int]:
+    """Return the row numbers of the first epoch in the order of the steps, if they get so far."""
+    return list(islice(chain.from_iterable(batches(rows, train, seed)), rows))
 
 
 def rows_seen(rows: int, train: TrainConfig) -> int:

@@ -10,6 +10,7 @@ import torch
 
 from tinyllama_lab.config.lora import LoraConfig
 from tinyllama_lab.config.variants import VARIANTS
+from tinyllama_lab.core.dataset.example import Example
 from tinyllama_lab.core.engines.base import WorkItem, adapter_bytes, by_adapter
 from tinyllama_lab.core.engines.generate import cache_bytes
 from tinyllama_lab.core.engines.packed import fused_gpu
@@ -22,6 +23,7 @@ from tinyllama_lab.core.engines.packed.llama import FrozenLlama, why_not_llama
 from tinyllama_lab.core.engines.packed.varlen import can_run
 from tinyllama_lab.core.engines.sampling import TokenSampling
 from tinyllama_lab.core.models import lora
+from tinyllama_lab.core.models.eva import InputDirections
 from tinyllama_lab.core.models.loading import Base
 from tinyllama_lab.metrics import MIB
 
@@ -63,17 +65,17 @@ class PackedEngine:
             self.model = FrozenLlama(base.model, base.dtype, keep_dequantized)
         else:
             self.model = AnyDecoder(base, keep_dequantized)
-        self._last_initial: tuple[tuple[LoraConfig, int], Any, dict[str, torch.Tensor]] | None
-        self._last_initial = None
+        self._directions = InputDirections(base.model)
+        self._last_initial: tuple[tuple[Any, ...], Any, dict[str, torch.Tensor]] | None = None
 
     def close(self) -> None:
         """Leave the base as it was before this engine."""
         if isinstance(self.model, AnyDecoder):
             self.model.close()
 
-    def add(self, config: LoraConfig, seed: int) -> PackedAdapter:
+    def add(self, config: LoraConfig, seed: int, rows: Sequence[Example] = ()) -> PackedAdapter:
         """Add a new adapter with PEFT's initial values."""
-        settings, initial = self._initial(config, seed)
+        settings, initial = self._initial(config, seed, rows)
         layout = Layout(_shapes(initial), VARIANTS[config.variant].trains_magnitudes)
         storage = Storage.new(layout.size, self._base.dtype, self._base.device)
         adapter = PackedAdapter(layout, storage, settings, initial, seed)
@@ -83,16 +85,20 @@ class PackedEngine:
             adapter.use_kernels(self.model.module_numbers)
         return adapter
 
-    def _initial(self, config: LoraConfig, seed: int) -> tuple[Any, dict[str, torch.Tensor]]:
+    def _initial(
+        self, config: LoraConfig, seed: int, rows: Sequence[Example]
+    ) -> tuple[Any, dict[str, torch.Tensor]]:
         """Return PEFT's settings and initial values of an adapter.
 
         Those of the last call are kept: the next trial often differs in its learning rate alone,
         and PEFT takes longer to attach an adapter than some steps of training take.
         """
-        if self._last_initial is None or self._last_initial[0] != (config, seed):
+        key = config, seed, tuple(rows) if config.reads_rows else ()
+        if self._last_initial is None or self._last_initial[0] != key:
             # through PEFT, so that an adapter begins with the values that it would have there
-            settings, initial = lora.first_values(self._base.model, config, seed)
-            self._last_initial = (config, seed), settings, initial
+            first_a = self._directions.of(config, rows)
+            settings, initial = lora.first_values(self._base.model, config, seed, first_a)
+            self._last_initial = key, settings, initial
         _, settings, initial = self._last_initial
         return copy.deepcopy(settings), initial
 
