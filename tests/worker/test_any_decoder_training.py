@@ -10,17 +10,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
-from tests.decoders import DECODERS, decoder
+from tests.decoders import WAYS, decoder, packed_engine
 from tests.llamas import base_of, examples
 from tests.packs import train_all
 from tests.plain_loop import plain_loop
 from tinyllama_lab.config.schema import Science, part
-from tinyllama_lab.core.engines.packed.any_decoder import AnyDecoder
-from tinyllama_lab.core.engines.packed.engine import PackedEngine
 from tinyllama_lab.core.training.adapter_trainer import AdapterTrainer
 from tinyllama_lab.study.trial import TrialFolder
 
-OTHERS = [name for name in DECODERS if name != "llama"]
 ROWS = examples((40, 90, 33, 5, 60, 12, 28))  # beyond the sliding windows, and within them
 SHARED = {"train.max_steps": 20, "train.batch_size": 3, "lora.alpha": None}
 PACK: list[dict[str, Any]] = [
@@ -52,13 +49,12 @@ def trainers_of(engine: Any, chosen: list[Science], folder: Path) -> list[Adapte
     return found
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize(("name", "ours"), WAYS)
 def test_twenty_steps_of_a_mixed_pack_equal_plain_peft(
-    name: str, configure: Any, tmp_path: Path
+    name: str, ours: bool, configure: Any, tmp_path: Path
 ) -> None:
     chosen = sciences(name, configure, NOISY)
-    engine = PackedEngine(base_of(decoder(name)))
-    assert isinstance(engine.model, AnyDecoder)
+    engine = packed_engine(decoder(name), ours)
     trainers = trainers_of(engine, chosen, tmp_path)
     train_all(engine, trainers, tokens=200)
     for number, science in enumerate(chosen[: len(PACK)]):
@@ -71,17 +67,17 @@ def test_twenty_steps_of_a_mixed_pack_equal_plain_peft(
             assert (saved[key] - matrix).norm() <= 1e-2 * matrix.norm(), key
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize(("name", "ours"), WAYS)
 def test_a_deterministic_pack_gives_every_bit_of_each_adapter_alone(
-    name: str, configure: Any, tmp_path: Path
+    name: str, ours: bool, configure: Any, tmp_path: Path
 ) -> None:
     """With dropout and NEFTune, whose noise no neighbour may change."""
     chosen = sciences(name, configure, NOISY, **{"train.max_steps": 4})
-    engine = PackedEngine(base_of(decoder(name)), mixed=False)
+    engine = packed_engine(decoder(name), ours, mixed=False)
     together = trainers_of(engine, chosen, tmp_path / "pack")
     train_all(engine, together, tokens=200)
     for number, science in enumerate(chosen):
-        engine = PackedEngine(base_of(decoder(name)), mixed=False)
+        engine = packed_engine(decoder(name), ours, mixed=False)
         (alone,) = trainers_of(engine, [science], tmp_path / f"alone{number}")
         train_all(engine, [alone], tokens=200)
         assert alone.progress.losses == together[number].progress.losses

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
+from tests.decoders import RELATIVES, decoder
 from tests.llamas import (
     LINEAR,
     SHAPES,
@@ -86,6 +87,17 @@ def test_every_block_gives_what_transformers_gives(pack: str, shape: str) -> Non
             assert apart(hidden, expected[number][block]) < 1e-5
 
 
+@pytest.mark.parametrize("name", [*RELATIVES, "llama with biases"])
+def test_every_block_of_a_relative_gives_what_transformers_gives(name: str) -> None:
+    biased = {"attention_bias": True, "mlp_bias": True} if name == "llama with biases" else {}
+    model, chosen = decoder(name, **biased), examples(PACKS["ragged"])
+    expected = [blocks_of(model, one) for one in chosen]
+    found = packed_blocks(PackedEngine(base_of(model)), chosen)
+    for block, sequences in enumerate(found):
+        for number, hidden in enumerate(sequences):
+            assert apart(hidden, expected[number][block]) < 1e-5
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
 def test_losses_are_those_of_one_sequence_at_a_time(shape: str) -> None:
@@ -146,9 +158,7 @@ def test_the_head_in_many_chunks_gives_the_same_losses_and_gradients(
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"attention_bias": True}, "biases"),
-        ({"mlp_bias": True}, "biases"),
-        ({"hidden_act": "gelu"}, "an activation other than silu"),
+        ({"hidden_act": "gelu"}, "its activation is gelu, not silu"),
         ({"rope_parameters": {**LINEAR, "rope_type": "dynamic"}}, "rotary positions are dynamic"),
     ],
 )
@@ -158,7 +168,10 @@ def test_what_the_packed_pass_does_not_support_is_named(
     assert reason in str(why_not_llama(llama(**changes)))
 
 
-def test_only_llamas_are_packed() -> None:
+def test_only_llamas_and_their_relatives_have_this_pass() -> None:
     other = GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=16, n_layer=1, n_head=2))
-    assert why_not_llama(other) == "its architecture is gpt2, not llama"
+    assert str(why_not_llama(other)).startswith("its architecture is gpt2, not one of llama, ")
+    assert why_not_llama(decoder("mistral")) == "its attention has a sliding window"
+    for name in RELATIVES:
+        assert why_not_llama(decoder(name)) is None
     assert all(why_not_llama(llama(**shape)) is None for shape in SHAPES.values())

@@ -5,6 +5,7 @@ An architecture that nobody has tested is then slow, and not wrong where the row
 
 from __future__ import annotations
 
+import itertools
 from contextlib import closing
 from typing import Any
 
@@ -36,7 +37,7 @@ def why_not_packed(base: Base) -> str | None:
 
     The forward pass of Llama is that of the tests. Any other is tried here, on a few rows.
     """
-    if why_not_llama(base.model) is None:
+    if base.model.config.model_type == "llama" and why_not_llama(base.model) is None:
         return None
     if getattr(base.model, "is_loaded_in_8bit", False):
         return INT8
@@ -53,8 +54,8 @@ def why_not_packed(base: Base) -> str | None:
 def _difference(base: Base, engine: PackedEngine) -> str | None:
     """Return in what packed rows differ from rows that PEFT runs alone, or None."""
     rows = _rows(base)
-    losses, gradient, tokens = _tried(engine, rows, together=True)
-    expected, of_peft, of_transformers = _tried(PeftEngine(base), rows, together=False)
+    losses, gradient, tokens = _tried(base, engine, rows, together=True)
+    expected, of_peft, of_transformers = _tried(base, PeftEngine(base), rows, together=False)
     share = SHARE if base.dtype == torch.float32 else SHARE_IN_HALF
     apart = ((losses - expected).abs().max() / expected.abs().mean()).item()
     if not apart <= share:  # NaN neither
@@ -84,7 +85,7 @@ def _rows(base: Base) -> list[Example]:
 
 
 def _tried(
-    engine: Engine[Any], rows: list[Example], together: bool
+    base: Base, engine: Engine[Any], rows: list[Example], together: bool
 ) -> tuple[torch.Tensor, torch.Tensor, list[list[int]]]:
     """Return what rows give with an adapter and without one.
 
@@ -112,7 +113,13 @@ def _tried(
             losses.append(found.detach())
         values = adapter.named([p.grad for p in adapter.parameters if p.grad is not None])
         gradient = torch.cat([values[name].float().flatten() for name in sorted(values)])
-        tokens = engine.generate(items, NEW_TOKENS, stop=False)
+        # to an end: where there is none, transformers forbids the tokens that would be one
+        tokens = [_until_end(base, ids) for ids in engine.generate(items, NEW_TOKENS, stop=True)]
     finally:
         engine.remove(adapter)
     return torch.cat(losses).cpu(), gradient.cpu(), tokens
+
+
+def _until_end(base: Base, tokens: list[int]) -> list[int]:
+    """Return the tokens before the first that ends an answer."""
+    return list(itertools.takewhile(lambda token: token not in base.end_ids, tokens))

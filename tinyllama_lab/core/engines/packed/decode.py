@@ -64,14 +64,21 @@ class Decoder:
         spans = spans_of([item.adapter for item in self.items], lengths)
         batch = PackedBatch(ids, lengths, spans, no_labels, no_labels, no_labels)
         longest = max(self._lengths) + 1
-        cos, sin = llama.rotary(longest)
         at = torch.tensor(self._lengths).to(ids.device, non_blocking=True)
-        rotary = cos[at, None], sin[at, None]  # [rows, 1, size]
+        # [rows, 1, size], with and without rotation
+        rotary = {
+            rotates: tuple(table[at, None] for table in llama.rotary(longest, rotates))
+            for rotates in llama.rotations
+        }
         # rows have caches of different lengths in tensors of one length
         visible = torch.arange(longest, device=ids.device) <= at[:, None]
         h = llama.embed(ids)
         for number, layer in enumerate(llama.layers):
-            h = layer(h, batch, partial(self._attend, number, at, rotary, visible))
+            of_layer = {
+                rotates: partial(self._attend, number, at, tables, visible)
+                for rotates, tables in rotary.items()
+            }
+            h = layer(h, batch, of_layer)
         self._lengths = [length + 1 for length in self._lengths]
         self.logits = llama.logits(h)
 
@@ -113,11 +120,14 @@ class Decoder:
         """Fill the cache; return the logits of every first new token, `[rows, vocabulary]`."""
         llama = self._llama
         batch = lay_out(items, llama.device, prompts=True)
-        plan = plan_attention(batch, llama.heads, *llama.rotary(max(batch.lengths)))
+        plans = {
+            rotates: plan_attention(batch, llama.heads, *llama.rotary(max(batch.lengths), rotates))
+            for rotates in llama.rotations
+        }
         h = llama.embed(batch.ids)
         rows_of = [
             (torch.tensor(bucket.sequences) + first_row).to(h.device, non_blocking=True)
-            for bucket in plan.buckets
+            for bucket in next(iter(plans.values())).buckets
         ]
 
         def keep(layer: int, bucket: int, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -127,7 +137,11 @@ class Decoder:
             self._values[layer][at, :, : keys.shape[2]] = values
 
         for number, layer in enumerate(llama.layers):
-            h = layer(h, batch, partial(attend, plan=plan, keep=partial(keep, number)))
+            of_layer = {
+                rotates: partial(attend, plan=plan, keep=partial(keep, number))
+                for rotates, plan in plans.items()
+            }
+            h = layer(h, batch, of_layer)
         last = torch.tensor([s + n - 1 for s, n in zip(batch.starts, batch.lengths, strict=True)])
         return llama.logits(h[last.to(h.device, non_blocking=True)])
 
@@ -135,7 +149,7 @@ class Decoder:
         self,
         layer: int,
         at: torch.Tensor,
-        rotary: tuple[torch.Tensor, torch.Tensor],
+        rotary: tuple[torch.Tensor, ...],
         visible: torch.Tensor,
         joint: torch.Tensor,
     ) -> torch.Tensor:

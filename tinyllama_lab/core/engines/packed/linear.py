@@ -33,10 +33,17 @@ class PackedLinear:
     """`x @ weight.T` plus `scaling * x @ A.T @ B.T` of every adapter, where `x = step(source)`."""
 
     def __init__(
-        self, step: Step, weight: FrozenWeight, modules: Sequence[str], columns: ModuleColumns
+        self,
+        step: Step,
+        weight: FrozenWeight,
+        modules: Sequence[str],
+        columns: ModuleColumns,
+        bias: torch.Tensor | None = None,
     ) -> None:
+        """`bias [outputs]` is added at the end; a frozen one has no part in backward."""
         self.step = step
         self.weight = weight
+        self.bias = bias
         self.columns = columns
         self._modules = list(modules)
         self._squares: torch.Tensor | None = None  # of the lengths of the weight's rows
@@ -189,6 +196,8 @@ class _Apply(torch.autograd.Function):
         result = x @ linear.weight.dense().T
         # kept for backward: the small `h` of every adapter, but not x, which is recomputed
         inner = linear.add(x, result, batch)
+        if linear.bias is not None:  # after the adapters, because DoRA does not scale it
+            result += linear.bias
         ctx.linear, ctx.batch = linear, batch
         ctx.save_for_backward(source, saved, *inner)
         return result

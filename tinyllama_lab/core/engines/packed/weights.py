@@ -70,6 +70,18 @@ class FrozenWeight:
         return dequantize_4bit(self._packed_4bit, joint).to(self._dtype)
 
 
+def joint_bias(modules: Sequence[nn.Linear]) -> torch.Tensor | None:
+    """Return the biases of modules that share their input, `[outputs]`; None if there are none."""
+    if all(module.bias is None for module in modules):
+        return None
+    like = next(module.bias for module in modules if module.bias is not None)
+    biases = [
+        like.new_zeros(module.out_features) if module.bias is None else module.bias.detach()
+        for module in modules
+    ]
+    return torch.cat(biases)
+
+
 def _scales(state: Any) -> torch.Tensor:
     """Return the float32 scale of each 4-bit block; double quantization stores them in 8 bits."""
     from bitsandbytes.functional import dequantize_blockwise
