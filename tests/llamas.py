@@ -101,6 +101,8 @@ def settings(**changes: Any) -> LoraConfig:
         rank_pattern=None,
         init="default",
         variant="lora",
+        bias="none",
+        modules_to_save=[],
     )
     return LoraConfig(**plain | changes)
 

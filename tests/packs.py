@@ -131,8 +131,9 @@ class Lab:
 def take_off_adapters(model: Any) -> bool:
     """Whether one was on. A worker that is stopped leaves it there and ends."""
     for name, module in list(model.named_modules()):
-        if hasattr(module, "base_layer"):
-            model.set_submodule(name, module.base_layer)
+        for inside in ("base_layer", "original_module"):
+            if hasattr(module, inside):
+                model.set_submodule(name, getattr(module, inside))
     return bool(vars(model).pop("peft_config", None))
 
 

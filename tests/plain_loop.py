@@ -53,7 +53,7 @@ def plain_loop(
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Train one trial at a time with PEFT and an optimizer, in the usual way."""
     torch.manual_seed(science.seed)
-    train, config = science.train, science.lora
+    config: Any = science.lora
     named = isinstance(config.targets, list)
     wanted: Any = config.targets if named else GROUPS.get(str(config.targets), "all-linear")
     settings = peft.LoraConfig(
@@ -63,8 +63,21 @@ def plain_loop(
         target_modules=wanted,
         use_rslora=config.variant == "rslora",
         use_dora=config.variant == "dora",
+        bias=config.bias,
+        modules_to_save=config.modules_to_save or None,
+        ensure_weight_tying=bool(config.modules_to_save and base.model.config.tie_word_embeddings),
     )
     model: Any = peft.get_peft_model(base.model, settings)
+    found = plain_steps(model, science, examples)
+    trained = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    values = {name: value.clone() for name, value in trained.items()}
+    model.unload()
+    return found, values
+
+
+def plain_steps(model: Any, science: Science, examples: Sequence[Example]) -> list[float]:
+    """Train what a model has to train, and return the loss of every step."""
+    train = science.train
     parameters = [p for p in model.parameters() if p.requires_grad]
     kind, extra = OPTIMIZERS[train.optimizer]
     options = {"lr": train.lr, "weight_decay": train.weight_decay, **extra}
@@ -83,10 +96,7 @@ def plain_loop(
         optimizer.step()
         optimizer.zero_grad()
         found.append(float(loss.detach()))
-    trained = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    values = {name: value.clone() for name, value in trained.items()}
-    model.unload()
-    return found, values
+    return found
 
 
 def schedule(step: int, steps: int, train: TrainConfig) -> float:

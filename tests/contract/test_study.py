@@ -40,7 +40,7 @@ def key_of_then(config: dict[str, Any]) -> str:
         science["train"].pop(name, None)
     for name in ("eval_every", "keep", "patience"):
         science["train"].pop(name, None)
-    for name in ("layers", "rank_pattern", "init"):
+    for name in ("layers", "rank_pattern", "init", "bias", "modules_to_save"):
         (science["lora"] or {}).pop(name, None)  # a base has no adapter
     spelled = json.dumps(science, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(spelled.encode()).hexdigest()[:12]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.decoders import decoder
 from tests.llamas import base_of, llama, settings
 from tests.packs import take_off_adapters
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
+from tinyllama_lab.core.engines.peft import PeftEngine
 from tinyllama_lab.core.engines.sampling import TokenSampling
 from tinyllama_lab.deploy.completer import (
     Completer,
@@ -65,6 +68,29 @@ def expected(
         model.unload()
     answer = ids[0, len(prompt) :].tolist()
     return [token for token in answer if token not in base.end_ids]
+
+
+def test_an_adapter_with_biases_answers_beside_the_bare_base(
+    configure: Any, tmp_path: Path, trained: dict[str, TrialFolder]
+) -> None:
+    trial = TrialFolder(tmp_path / "biased-0123456789ab")
+    trial.write_config(configure({"lora.bias": "all"}))
+    base = base_of(decoder("qwen2"))
+    adapter = PeftEngine(base).add(settings(bias="all"), 0)
+    with torch.no_grad():
+        for parameter in adapter.parameters:
+            parameter.add_(0.2 * torch.ones_like(parameter))
+    adapter.save(trial.adapter_dir)
+    adapter.detach()
+    made, fresh = PeftCompleter(base), base_of(decoder("qwen2"))
+    made.load("biased", trial)
+    prompt = tuple(range(5, 15))
+    begun = {name: made.begin(Request(name, prompt, 9)) for name in (None, "biased")}
+    run_all(made)
+    assert begun[None].ids == expected(fresh, None, prompt, 9)
+    assert begun["biased"].ids == expected(fresh, trial, prompt, 9) != begun[None].ids
+    with pytest.raises(StudyError, match="answers alone here.*start again with trial="):
+        made.load("r=2", trained["r=2"])
 
 
 def run_all(completer: Completer) -> None:

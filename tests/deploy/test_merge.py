@@ -33,11 +33,12 @@ def logits(model: Any, ids: tuple[int, ...]) -> torch.Tensor:
     return result
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", [*STYLES, "embedding"])
 def test_a_merged_model_gives_the_logits_of_the_attached_adapter_and_renders_its_prompts(
     lab: Any, tmp_path: Path, style: str
 ) -> None:
-    trial = lab.trial({"train.lr": 0.05, **STYLES[style]})
+    embedding = {"lora.modules_to_save": ["embed_tokens"]}
+    trial = lab.trial({"train.lr": 0.05, **STYLES.get(style, embedding)})
     lab.run([trial])
     merge(trial, tmp_path)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)

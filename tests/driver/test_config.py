@@ -137,6 +137,14 @@ def test_true_is_never_a_number_and_a_number_is_never_true(key: str) -> None:
         assert value_problem(key, 1)
 
 
+FP32 = {"train.precision": "fp32"}
+OF_BASE: list[dict[str, Any]] = [{"lora.bias": "all"}, {"lora.modules_to_save": ["lm_head"]}]
+WITHOUT: list[tuple[str, dict[str, Any]]] = [  # what weights of the base cannot be trained with
+    ("lora.", {"train.precision": "auto"}),
+    ("lora.", {"train.precision": "bf16"}),
+    ("lora.", {"quant.kind": "nf4"}),
+    ("lora.init=pissa needs", {"lora.init": "pissa"}),
+]
 CONTRADICTIONS: list[tuple[str, dict[str, Any]]] = [
     ("model.path must", {"model.source": "local"}),
     ("data.path must", {"data.source": "file"}),
@@ -157,6 +165,11 @@ CONTRADICTIONS: list[tuple[str, dict[str, Any]]] = [
     ("quant.double=true needs", {"quant.double": True}),
     ("quant.double=true needs", {"quant.double": True, "quant.kind": "int8"}),
     ("lora.targets must name", {"lora.targets": []}),
+    *(
+        (start, {**of_base, **FP32, **changes})
+        for of_base in OF_BASE
+        for start, changes in WITHOUT
+    ),
 ]
 
 
@@ -167,6 +180,17 @@ def test_settings_that_contradict_each_other_are_refused(
     (problem,) = problems(**values)
     assert problem.startswith(start)
     assert "set " in problem or "needs quant=nf4" in problem
+
+
+def test_trained_weights_of_the_base_must_be_float32() -> None:
+    assert problems(**{"lora.modules_to_save": ["lm_head"]}) == [
+        "lora.modules_to_save trains weights of the base, which needs train.precision=fp32, got "
+        "auto; set train.precision=fp32"
+    ]
+    assert problems(**{"lora.bias": "all", "quant.kind": "nf4", **FP32}) == [
+        "lora.bias=all trains weights of the base, which needs quant=none, got nf4; set quant=none"
+    ]
+    assert not any(problems(**each, **FP32) for each in OF_BASE)
 
 
 def test_all_contradictions_come_together() -> None:
@@ -257,6 +281,13 @@ def test_nothing_is_suggested_for_a_word_like_no_other() -> None:
         ({"lora.layers": [0, 2]}, {"lora.layers": "all"}, False),
         ({"lora.rank_pattern": {"q_proj": 8}}, {"lora.rank_pattern": None}, True),
         ({"lora.rank_pattern": {}}, {"lora.rank_pattern": None}, True),
+        (
+            {"lora.modules_to_save": ["b", "a", "b"]} | FP32,
+            {"lora.modules_to_save": ["a", "b"]} | FP32,
+            True,
+        ),
+        ({"lora.modules_to_save": ["a"]} | FP32, FP32, False),
+        ({"lora.bias": "all"} | FP32, {"lora.bias": "lora_only"} | FP32, False),
         ({"lora.rank_pattern": {"q_proj": 4}}, {"lora.rank_pattern": None}, False),
         # the first may be an exception from the second, so it counts
         ({"lora.rank_pattern": {"0.q": 8, "q": 4}}, {"lora.rank_pattern": {"q": 4}}, False),

@@ -158,7 +158,7 @@ def short_name(key: str) -> str:
 def spelled(value: Any) -> str:
     """Return a value as people write it, at full length."""
     if isinstance(value, list):
-        return "+".join(map(str, value))
+        return "+".join(map(str, value)) or "[]"
     return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -12,13 +12,15 @@ from tinyllama_lab.config.variants import INITIALISATIONS, VARIANTS
 
 HIGHEST_RANK = 1024
 TARGETS = (*TARGET_GROUPS, "all_linear")
+BIASES = ("none", "all", "lora_only")  # words of PEFT
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
     """The adapter. A null `alpha` means 2 r.
 
-    `rank_pattern` gives modules, by name or regular expression, a rank of their own.
+    `rank_pattern` gives modules, by name or regular expression, a rank of their own. `bias` and
+    `modules_to_save` train weights of the base beside A and B, as PEFT does.
     """
 
     r: int = rule(least=1, most=HIGHEST_RANK)
@@ -31,6 +33,8 @@ class LoraConfig:
     )
     init: str = rule(choices=tuple(INITIALISATIONS))
     variant: str = rule(choices=tuple(VARIANTS), recipe="A LoRA variant")
+    bias: str = rule(choices=BIASES)
+    modules_to_save: list[str] = rule(example="[embed_tokens,lm_head]")
 
     def problems(self) -> Iterator[str]:
         """Yield the settings that contradict each other."""
@@ -59,6 +63,11 @@ class LoraConfig:
                 f"ranks between modules with the same inputs, got {self.rank_pattern}; "
                 "set lora.init=default"
             )
+        if self.shifts_base and self.of_base is not None:
+            yield (
+                f"lora.init={self.init} needs an adapter that trains A and B alone, got "
+                f"{self.of_base}; set lora.init=default"
+            )
         expression = expression_of(self.targets) if isinstance(self.targets, str) else None
         if expression is not None and self.layers != "all":
             yield (
@@ -68,6 +77,43 @@ class LoraConfig:
         patterns = {"lora.rank_pattern": self.rank_pattern or (), "lora.targets": [expression]}
         for name, texts in patterns.items():
             yield from (problem for text in texts if text and (problem := _unusable(name, text)))
+
+    def problems_with(self, quant: str, precision: str) -> Iterator[str]:
+        """Yield why such adapters cannot be trained on such a base.
+
+        Args:
+            quant: `quant.kind`.
+            precision: `train.precision`.
+        """
+        if self.shifts_base and quant != "none":
+            yield (
+                f"lora.init={self.init} takes the first B @ A out of the base's weights, "
+                f"which quant={quant} has rounded; set quant=none, or lora.init=default"
+            )
+        if self.of_base is None:
+            return
+        trains = f"{self.of_base} trains weights of the base"
+        if precision != "fp32":  # where updates would be lost to rounding
+            yield (
+                f"{trains}, which needs train.precision=fp32, got {precision}; "
+                "set train.precision=fp32"
+            )
+        if quant != "none":
+            yield f"{trains}, which needs quant=none, got {quant}; set quant=none"
+
+    @property
+    def of_base(self) -> str | None:
+        """The setting by which weights of the base are trained; None if there is none."""
+        if self.bias != "none":
+            return f"lora.bias={self.bias}"
+        return "lora.modules_to_save" if self.modules_to_save else None
+
+    @property
+    def not_packed(self) -> str | None:
+        """Why its adapters train one at a time, through PEFT; None if they need not."""
+        if self.of_base is not None:
+            return f"{self.of_base} trains weights of the base, which a pack shares"
+        return VARIANTS[self.variant].not_packed
 
     @property
     def ranks(self) -> set[int]:
@@ -106,6 +152,8 @@ def plain_lora(r: int, targets: str) -> LoraConfig:
         rank_pattern=None,
         init="default",
         variant="lora",
+        bias="none",
+        modules_to_save=[],
     )
 
 

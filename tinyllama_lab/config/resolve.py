@@ -29,6 +29,7 @@ def resolved(config: Config) -> dict[str, Any]:
     plain["lora"] |= {
         "layers": layers if isinstance(layers, str) else sorted(set(layers)),
         "rank_pattern": ranks if set(ranks.values()) - {config.lora.r} else None,
+        "modules_to_save": sorted(set(config.lora.modules_to_save)),
     }
     plain["data"] |= _plain_data(config.data)
     if plain["train"]["loraplus_ratio"] == 1:

@@ -324,11 +324,7 @@ class Config(Science):
         """Yield the settings that contradict each other; the study's name becomes a folder."""
         if problem := _study_problem(self.study):
             yield problem
-        if self.lora.shifts_base and self.quant.kind != "none":
-            yield (
-                f"lora.init={self.lora.init} takes the first B @ A out of the base's weights, "
-                f"which quant={self.quant.kind} has rounded; set quant=none, or lora.init=default"
-            )
+        yield from self.lora.problems_with(self.quant.kind, self.train.precision)
 
 
 def load(raw: Mapping[str, Any]) -> Config:

@@ -163,8 +163,12 @@ def _what(facts: Facts) -> str:
     size = METRICS["size/adapter_mib"].shown(result.metrics["size/adapter_mib"])
     version = result.environment.get("versions", {}).get(LIBRARY)
     kind = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA"}.get(lora.variant, lora.variant)
+    whole = [f"`{name}`" for name in lora.modules_to_save]
+    whole += [{"none": "", "all": "all biases"}.get(lora.bias, "their biases")]
+    more = ", ".join(filter(None, whole))
     return (
-        f"A {kind} adapter of rank {lora.r} on the modules {modules}: "
+        f"A {kind} adapter of rank {lora.r} on the modules {modules}"
+        f"{f', with trained values of {more}' if more else ''}: "
         f"{result.model['trainable_params']:,} trained parameters, {size} MiB. It changes "
         f"{_base_link(facts)}, which it needs to run. It was trained and scored with {LIBRARY} "
         f"{version or ''}".rstrip()

@@ -31,7 +31,7 @@ class Assistant:
         science = self._science
         self.base = load_base(science.model, science.quant, science.train.precision, device)
         self._positions = position_count(model_folder(science.model))
-        self.completer = completer(self.base, science.lora.variant)
+        self.completer = completer(self.base, science.lora)
         self._formats: dict[str, PromptFormat] = {}
         self.add(selection)
         # the base answers in the format of the first adapter, to be compared with it

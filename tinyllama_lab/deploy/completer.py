@@ -7,7 +7,7 @@ packed engine decodes all of them in the same matmuls; adapters that need PEFT t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,8 +15,8 @@ import peft
 import torch
 from safetensors import SafetensorError
 
+from tinyllama_lab.config.lora import LoraConfig
 from tinyllama_lab.config.schema import Science, part
-from tinyllama_lab.config.variants import VARIANTS
 from tinyllama_lab.core.dataset.example import Example
 from tinyllama_lab.core.engines.base import WorkItem
 from tinyllama_lab.core.engines.packed.adapter import PackedAdapter
@@ -24,8 +24,9 @@ from tinyllama_lab.core.engines.packed.decode import Decoder
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
 from tinyllama_lab.core.engines.packed.llama import FrozenLlama, why_not_llama
 from tinyllama_lab.core.engines.sampling import Chooser, TokenSampling
+from tinyllama_lab.core.models.base_weights import BaseCopies, biases
 from tinyllama_lab.core.models.loading import Base
-from tinyllama_lab.core.models.quiet import no_peft_deprecation
+from tinyllama_lab.core.models.quiet import no_bias_warning, no_peft_deprecation
 from tinyllama_lab.errors import ModelError, StudyError
 from tinyllama_lab.study.trial import TrialFolder
 
@@ -103,14 +104,14 @@ class Completer(Protocol):
         """Return whether nothing is waiting or in progress."""
 
 
-def completer(base: Base, variant: str) -> Completer:
-    """Return a completer of a base, for adapters of a `lora.variant`."""
-    return PackedCompleter(base) if can_pack(base, variant) else PeftCompleter(base)
+def completer(base: Base, lora: LoraConfig) -> Completer:
+    """Return a completer of a base, for adapters of such settings."""
+    return PackedCompleter(base) if can_pack(base, lora) else PeftCompleter(base)
 
 
-def can_pack(base: Base, variant: str) -> bool:
+def can_pack(base: Base, lora: LoraConfig) -> bool:
     """Return whether rows of several adapters can join and leave one decoder on a base."""
-    return not (why_not_llama(base.model) or VARIANTS[variant].not_packed)
+    return not (why_not_llama(base.model) or lora.not_packed)
 
 
 class PackedCompleter:
@@ -129,7 +130,7 @@ class PackedCompleter:
     def load(self, name: str, trial: TrialFolder) -> None:
         """Add the adapter of a trial under a name; see `Completer`."""
         science = part(Science, trial.read_config())
-        if why := VARIANTS[science.lora.variant].not_packed:
+        if why := science.lora.not_packed:
             raise StudyError(
                 f"adapters decode together here, and {trial.name} cannot ({why}); "
                 f"start again with trial={trial.key}"
@@ -217,12 +218,21 @@ class PeftCompleter:
         self._base = base
         self._model: Any = base.model
         self._names: dict[str, str] = {}  # of adapters in PEFT, which takes no dots
+        self._biases: BaseCopies | None = None  # of the only adapter, if it trains any
         self._queue: list[Completion] = []
         self._past: Any = None  # keys and values of the first in the queue
 
     def load(self, name: str, trial: TrialFolder) -> None:
         """Add the adapter of a trial under a name; see `Completer`."""
         folder, own = str(trial.adapter_dir), f"adapter_{len(self._names)}"
+        lora: LoraConfig = part(Science, trial.read_config()).lora
+        if self._names and (self._biases is not None or lora.bias != "none"):
+            raise StudyError(
+                f"an adapter that trains biases of the base answers alone here, and {trial.name} "
+                f"is to share it with others; start again with trial={trial.key}"
+            )
+        if lora.bias != "none":  # which PEFT would write into the base
+            self._biases = BaseCopies(self._base.model, biases(self._base.model))
         with _fitting(trial), no_peft_deprecation():
             if isinstance(self._model, peft.PeftModel):
                 self._model.load_adapter(folder, adapter_name=own)
@@ -269,7 +279,8 @@ class PeftCompleter:
         if not isinstance(self._model, peft.PeftModel):
             yield
         elif name is None:
-            with self._model.disable_adapter():
+            aside = self._biases.set_aside() if self._biases else nullcontext()
+            with no_bias_warning(), aside, self._model.disable_adapter():
                 yield
         else:
             self._model.set_adapter(self._names[name])

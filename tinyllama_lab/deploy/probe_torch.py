@@ -32,7 +32,7 @@ def measure_torch(task: Task) -> Measured:
     trial = TrialFolder(Path(task.trial))
     science: Science = part(Science, trial.read_config())
     base = _load(task, science)
-    packed = can_pack(base, science.lora.variant)
+    packed = can_pack(base, science.lora)
     engine: Engine[Any] = PackedEngine(base) if packed else PeftEngine(base)
     adapter = None
     if task.form == TRAINED:

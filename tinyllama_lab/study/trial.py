@@ -34,7 +34,7 @@ NEUTRAL: dict[str, Any] = {
     **dict.fromkeys(("train.loraplus_ratio", "train.eval_every", "train.patience"), None),
     **dict.fromkeys(("train.label_smoothing", "train.neftune_alpha"), 0.0),
     **dict.fromkeys(("data.learn", "lora.layers"), "all"),
-    "lora.init": "default",
+    **{"lora.init": "default", "lora.bias": "none", "lora.modules_to_save": []},
     "eval.general": False,
     "eval.rows": "heldout",
 }
@@ -396,5 +396,5 @@ def _with_neutral(groups: dict[str, Any]) -> dict[str, Any]:
     """Return the groups of a file, with the settings that were added after it was written."""
     for name, value in NEUTRAL.items():
         owner, last = _owner(groups, name)
-        owner.setdefault(last, value)
+        owner.setdefault(last, copy.copy(value))
     return groups

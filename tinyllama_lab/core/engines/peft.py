@@ -26,8 +26,10 @@ from tinyllama_lab.core.engines.packed.dropout import noise
 from tinyllama_lab.core.engines.sampling import TokenSampling
 from tinyllama_lab.core.models import lora
 from tinyllama_lab.core.models.eva import InputDirections
+from tinyllama_lab.core.models.base_weights import BaseCopies
 from tinyllama_lab.core.models.heads import has_plain_head
 from tinyllama_lab.core.models.loading import Base
+from tinyllama_lab.core.models.quiet import no_bias_warning
 from tinyllama_lab.metrics import MIB
 
 
@@ -36,6 +38,8 @@ class PeftAdapter:
 
     def __init__(self, adapted: peft.PeftModel) -> None:
         self.adapted = adapted
+        # PEFT trains biases in place; other trials need those of the base
+        self._biases = BaseCopies(adapted, lora.trained_biases(adapted))
         self._trainable = lora.trainable(adapted)
 
     @property
@@ -50,7 +54,7 @@ class PeftAdapter:
 
     def matrices(self) -> dict[str, nn.Parameter]:
         """Return the parameters themselves."""
-        return {name.replace(".default", ""): p for name, p in self._trainable.items()}
+        return {_saved_name(name): p for name, p in self._trainable.items()}
 
     @property
     def trainable_params(self) -> int:
@@ -60,13 +64,13 @@ class PeftAdapter:
     def named(self, values: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return tensors shaped like `parameters`, by the names that PEFT saves."""
         return {
-            name.replace(".default", ""): value.detach()
+            _saved_name(name): value.detach()
             for name, value in zip(self._trainable, values, strict=True)
         }
 
     def values(self, named: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         """Return tensors in the order of `parameters`; the inverse of `named`."""
-        return [named[name.replace(".default", "")] for name in self._trainable]
+        return [named[_saved_name(name)] for name in self._trainable]
 
     def zero_grad(self) -> None:
         """Drop the gradients."""
@@ -83,6 +87,22 @@ class PeftAdapter:
     def load(self, folder: Path) -> None:
         """Load the values that `save` wrote."""
         lora.load(self.adapted, folder)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Run the block with the bare base."""
+        with no_bias_warning(), self._biases.set_aside(), self.adapted.disable_adapter():
+            yield
+
+    def detach(self) -> None:
+        """Restore the base."""
+        self._biases.remove()
+        lora.detach(self.adapted)
+
+
+def _saved_name(name: str) -> str:
+    """Return the name under which PEFT saves a parameter."""
+    return name.replace(".modules_to_save.default", "").replace(".default", "")
 
 
 class PeftEngine:
@@ -106,7 +126,7 @@ class PeftEngine:
 
     def remove(self, adapter: PeftAdapter) -> None:
         """Remove the adapter from the base."""
-        lora.detach(adapter.adapted)
+        adapter.detach()
         self._adapter = None
 
     def adapter_mib(self, config: LoraConfig) -> float:
@@ -186,7 +206,7 @@ class PeftEngine:
         """Run the block with the adapter of the items, or with the bare base if they have none."""
         adapter = self._adapter
         if items[0].adapter is None and adapter is not None:
-            with adapter.adapted.disable_adapter():
+            with adapter.disabled():
                 yield
         else:
             yield

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,7 +14,6 @@ from torch import nn
 from tinyllama_lab.config.lora import LoraConfig, plain_lora
 from tinyllama_lab.config.schema import HardwareConfig, Science
 from tinyllama_lab.config.targets import expression_of
-from tinyllama_lab.config.variants import VARIANTS
 from tinyllama_lab.core.context import WorkerContext, gpu_tokens
 from tinyllama_lab.core.dataset.example import Example
 from tinyllama_lab.core.engines.base import Engine, WorkItem
@@ -23,10 +21,10 @@ from tinyllama_lab.core.engines.generate import head_size
 from tinyllama_lab.core.engines.packed.engine import CACHE_SHARE, PackedEngine
 from tinyllama_lab.core.engines.peft import PeftEngine
 from tinyllama_lab.core.evaluation.load import Scored, scoring_load
+from tinyllama_lab.core.forecast.adapter_size import adapter_size
 from tinyllama_lab.core.forecast.machine import Machine
 from tinyllama_lab.core.forecast.rows import ROUNDS, Rows
 from tinyllama_lab.core.forecast.trace import kept_mib_per_token
-from tinyllama_lab.core.models import lora as adapters
 from tinyllama_lab.core.models.loading import Base
 from tinyllama_lab.core.models.outline import Outline
 from tinyllama_lab.core.out_of_memory import is_out_of_memory
@@ -163,7 +161,7 @@ class Forecaster:
 
     def is_packed(self, lora: LoraConfig) -> bool:
         """Return whether adapters of this kind train together."""
-        return not VARIANTS[lora.variant].not_packed and self._base_is_packed
+        return lora.not_packed is None and self._base_is_packed
 
     @cached_property
     def _base_is_packed(self) -> bool:
@@ -184,23 +182,8 @@ class Forecaster:
         """Return the trained values of an adapter, and MiB of its file."""
         key = repr(lora)
         if key not in self._sizes:
-            self._sizes[key] = self._size(lora)
+            self._sizes[key] = adapter_size(self._base.model, lora)
         return self._sizes[key]
-
-    def _size(self, lora: LoraConfig) -> tuple[int, float]:
-        count = adapters.count_parameters(self._base.model, lora)
-        stored = count * (2 if lora.shifts_base else 1)
-        shapes = adapters.target_shapes(self._base.model, lora)
-        header = {
-            f"base_model.model.{name}.lora_{part}.weight": {
-                "dtype": "F32",
-                "shape": [shape.rank, shape.outputs],
-                "data_offsets": [stored, stored],
-            }
-            for name, shape in shapes.items()
-            for part in "AB"
-        }
-        return count, (4 * stored + len(json.dumps(header, separators=(",", ":")))) / MIB
 
     def forecast(self, trials: Sequence[Trial]) -> PackForecast:
         """Return what a pack will need."""
@@ -390,11 +373,21 @@ def _of_any_layer(lora: LoraConfig) -> LoraConfig:
     """
     targets = lora.targets
     if not isinstance(targets, str):
-        leaves = {n.rpartition(".")[2] if re.search(r"\d\.", n) else n for n in targets}
-        targets = sorted(leaves)
+        targets = _in_any_layer(targets)
     elif expression_of(targets) is not None:
         targets = "all_linear"
     # the frozen pair of a shifted initialisation keeps as much as a second adapter
     return replace(
-        lora, layers="all", targets=targets, r=lora.saved_rank, rank_pattern=None, init="default"
+        lora,
+        layers="all",
+        targets=targets,
+        r=lora.saved_rank,
+        rank_pattern=None,
+        init="default",
+        modules_to_save=_in_any_layer(lora.modules_to_save),
     )
+
+
+def _in_any_layer(names: Sequence[str]) -> list[str]:
+    """Return names of modules without the numbers of their layers."""
+    return sorted({n.rpartition(".")[2] if re.search(r"\d\.", n) else n for n in names})

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import peft
 import torch
 from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.other import get_pattern_key
+from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from tinyllama_lab.config.lora import LoraConfig
 from tinyllama_lab.config.targets import expression_of, group_names, layer_numbers, missing_names
 from tinyllama_lab.config.variants import INITIALISATIONS, VARIANTS
+from tinyllama_lab.core.models import base_weights
 from tinyllama_lab.core.models.quiet import no_peft_deprecation
 from tinyllama_lab.errors import ModelError
 from tinyllama_lab.study.trial import ADAPTER_WEIGHTS
@@ -65,7 +66,8 @@ def peft_config(model: PreTrainedModel, lora: LoraConfig) -> peft.LoraConfig:
         if lora.variant == "rslora"
         else {name: _short(lora.scale_alpha * rank / lora.r) for name, rank in ranks.items()}
     )
-    first: Any = INITIALISATIONS[lora.init].peft  # PEFT's type lists words of its documentation
+    first: Any = INITIALISATIONS[lora.init].peft  # PEFT's types list words of its documentation
+    bias: Any = lora.bias
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,
@@ -75,12 +77,20 @@ def peft_config(model: PreTrainedModel, lora: LoraConfig) -> peft.LoraConfig:
         layers_to_transform=_layers(model, lora.layers),
         rank_pattern=dict(ranks),
         alpha_pattern=alphas,
-        bias="none",
+        bias=bias,
+        modules_to_save=[*lora.modules_to_save] or None,  # a copy, because PEFT adds to it
+        ensure_weight_tying=_keeps_tied(model, lora),
         init_lora_weights=first,
         **VARIANTS[lora.variant].peft,
     )
     _check_matches(model, linear, lora, config)
     return config
+
+
+def _keeps_tied(model: PreTrainedModel, lora: LoraConfig) -> bool:
+    """Return whether one copy is trained for embedding and head, whose weight is one weight."""
+    saved = base_weights.saved_modules(model, lora.modules_to_save)
+    return not {*saved}.isdisjoint(base_weights.tied_modules(model))
 
 
 def _short(alpha: float) -> Any:
@@ -152,6 +162,7 @@ def _check_matches(
             f"{lora.layers!r}; this model has layers such as {next(iter(linear))}"
         )
     _check_patterns(matched, list(config.rank_pattern or ()))
+    base_weights.check(model, lora, matched)
 
 
 def _check_patterns(matched: Sequence[str], patterns: Sequence[str]) -> None:
@@ -279,11 +290,17 @@ def attach_saved(model: PreTrainedModel, folder: Path) -> peft.PeftModel:
 
 
 def count_parameters(model: PreTrainedModel, lora: LoraConfig) -> int:
-    """Return the number of values of an adapter, without creating it."""
-    shapes = target_shapes(model, lora).values()
+    """Return the number of values that a trial trains, without creating its adapter."""
+    by_name = target_shapes(model, lora)
+    shapes = by_name.values()
     has_magnitudes = VARIANTS[lora.variant].trains_magnitudes
     magnitudes = sum(shape.outputs for shape in shapes) if has_magnitudes else 0
-    return magnitudes + sum(shape.parameters for shape in shapes)
+    of_base = {*base_weights.trained_parameters(model, lora, by_name).values()}  # tied ones once
+    return (
+        magnitudes
+        + sum(shape.parameters for shape in shapes)
+        + sum(parameter.numel() for parameter in of_base)
+    )
 
 
 def target_shapes(model: PreTrainedModel, lora: LoraConfig) -> dict[str, LowRank]:
@@ -334,13 +351,25 @@ def whole_shape(parameter: nn.Parameter) -> torch.Size:
 
 
 def detach(adapted: peft.PeftModel) -> None:
-    """Restore the base as it was before `attach`."""
-    adapted.unload()
+    """Restore the base as it was before `attach`; trained biases are left to `BaseCopies`."""
+    for module in adapted.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            module.set_adapter([])  # else PEFT would leave the trained copy in the base
+    adapted.unload().requires_grad_(False)
 
 
 def trainable(adapted: peft.PeftModel) -> dict[str, nn.Parameter]:
     """Return the adapter's parameters by name."""
     return {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+
+
+def trained_biases(adapted: peft.PeftModel) -> list[nn.Parameter]:
+    """Return the biases of the base that are trained where they are, not in a copy."""
+    return [
+        parameter
+        for name, parameter in trainable(adapted).items()
+        if "lora_" not in name and ".modules_to_save." not in name
+    ]
 
 
 def trains_faster(name: str, parameter: nn.Parameter) -> bool:

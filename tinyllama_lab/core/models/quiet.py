@@ -27,3 +27,11 @@ def no_peft_deprecation() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
         yield
+
+
+@contextmanager
+def no_bias_warning() -> Iterator[None]:
+    """Ignore one warning inside the block: PEFT does not know that biases are given back."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Careful, disabling adapter layers with bias")
+        yield

@@ -109,6 +109,17 @@ class AdapterTrainer:
         rows, examples_taken = len(self._examples), self.progress.step * self.settings.batch_size
         return min(rows, examples_taken, rows_seen(rows, self.settings))
 
+    def tflop(self, base_parameters: int) -> float:
+        """Return the computed (not measured) TFLOPs of the trial's own training tokens.
+
+        Each token takes 2 FLOPs per weight in forward and 2 for the gradient of the input.
+        Trained weights, some of which stand in for those of the base, take 2 more for their own.
+        """
+        matrices = self.adapter.matrices().items()
+        frozen = base_parameters - sum(p.numel() for name, p in matrices if "lora_" not in name)
+        trained = self.adapter.trainable_params
+        return (4 * frozen + 6 * trained) * self.progress.tokens / 1e12
+
     def is_due(self, every_s: float) -> bool:
         """Return whether the last checkpoint is older than `every_s` seconds."""
         return time.monotonic() - self.saved_at > every_s

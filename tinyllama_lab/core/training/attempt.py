@@ -157,7 +157,7 @@ class Attempt:
             "train/loss": progress.losses[-1],
             "perf/train_tokens_per_s": progress.tokens_per_s,
             "perf/train_seconds": progress.seconds,
-            "perf/train_tflop": self._tflop(trainer),
+            "perf/train_tflop": trainer.tflop(self._context.base.parameters),
             "size/adapter_mib": self.trial.weights_file.stat().st_size / MIB,
             "size/trainable_params": float(trainer.adapter.trainable_params),
             **progress.memory,
@@ -187,15 +187,6 @@ class Attempt:
             if context.saved_adapter_dir is not None:
                 share_equal(temporary, context.saved_adapter_dir)
         context.saved_adapter_dir = trial.adapter_dir
-
-    def _tflop(self, trainer: AdapterTrainer) -> float:
-        """Return the computed (not measured) TFLOPs of the trial's own training tokens.
-
-        Each token takes 2 FLOPs per weight in forward and 2 for the gradient of the input. An
-        adapter's weights take 2 more for their own gradient.
-        """
-        frozen, trained = self._context.base.parameters, trainer.adapter.trainable_params
-        return (4 * frozen + 6 * trained) * trainer.progress.tokens / 1e12
 
     def prune(self, trainer: AdapterTrainer, reason: str) -> None:
         """Write the result of a trial that the driver pruned in training."""

@@ -124,7 +124,7 @@ def split_by_engine(
     for attempt in attempts:
         try:
             lora.peft_config(base.model, attempt.science.lora)
-            why = VARIANTS[attempt.science.lora.variant].not_packed or reason
+            why = attempt.science.lora.not_packed or reason
             _check_weights(base, attempt)
             _check_init(attempt, why)
         except ModelError as error:

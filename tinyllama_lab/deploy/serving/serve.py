@@ -199,10 +199,14 @@ def _start_lines(service: Service, served: Sequence[Selection], url: str) -> lis
 def vllm_command(service: Service, served: Sequence[Selection]) -> str:
     """Return the command that serves the same adapters with vLLM, quoted for a shell.
 
-    It is empty where there are none that vLLM takes: it has no DoRA.
+    It is empty where there are none that vLLM takes: it has no DoRA, and no weights of the base.
     """
     loras = [(each, part(Science, each.trial.config).lora) for each in served]
-    plain = [(each, lora) for each, lora in loras if not VARIANTS[lora.variant].trains_magnitudes]
+    plain = [
+        (each, lora)
+        for each, lora in loras
+        if lora.of_base is None and not VARIANTS[lora.variant].trains_magnitudes
+    ]
     if not plain:
         return ""
     highest = max(lora.saved_rank for _, lora in plain)

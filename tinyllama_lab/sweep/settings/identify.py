@@ -272,6 +272,11 @@ def harness_problem(config: Science) -> str | None:
             "eval.harness runs on adapters that can be packed, got quant=int8; "
             "set eval.harness=[], or another quantization"
         )
+    if config.lora.not_packed is not None:
+        return (
+            "eval.harness runs on adapters that can be packed, got one that cannot "
+            f"({config.lora.not_packed}); set eval.harness=[]"
+        )
     if importlib.util.find_spec("lm_eval") is not None:
         return None
     return (
