@@ -30,6 +30,7 @@ NEEDED = {  # what an option cannot do without
     },
     "model=local": "model.path=/a/folder",
     "model=hub": "model.repo=owner/name",
+    "lora=full": "train.precision=fp32",
 }
 OPTIONS = [
     f"{path.parent}={path.stem}"

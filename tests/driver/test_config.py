@@ -138,6 +138,7 @@ def test_true_is_never_a_number_and_a_number_is_never_true(key: str) -> None:
 
 
 FP32 = {"train.precision": "fp32"}
+FULL = {"lora.variant": "full"}
 OF_BASE: list[dict[str, Any]] = [{"lora.bias": "all"}, {"lora.modules_to_save": ["lm_head"]}]
 WITHOUT: list[tuple[str, dict[str, Any]]] = [  # what weights of the base cannot be trained with
     ("lora.", {"train.precision": "auto"}),
@@ -165,6 +166,8 @@ CONTRADICTIONS: list[tuple[str, dict[str, Any]]] = [
     ("quant.double=true needs", {"quant.double": True}),
     ("quant.double=true needs", {"quant.double": True, "quant.kind": "int8"}),
     ("lora.targets must name", {"lora.targets": []}),
+    *((start, {**FULL, **FP32, **changes}) for start, changes in WITHOUT[:3]),
+    ("train.loraplus_ratio needs", {**FULL, **FP32, "train.loraplus_ratio": 16}),
     *(
         (start, {**of_base, **FP32, **changes})
         for of_base in OF_BASE
@@ -190,7 +193,11 @@ def test_trained_weights_of_the_base_must_be_float32() -> None:
     assert problems(**{"lora.bias": "all", "quant.kind": "nf4", **FP32}) == [
         "lora.bias=all trains weights of the base, which needs quant=none, got nf4; set quant=none"
     ]
-    assert not any(problems(**each, **FP32) for each in OF_BASE)
+    assert problems(**FULL) == [
+        "lora.variant=full trains weights of the base, which needs train.precision=fp32, got "
+        "auto; set train.precision=fp32"
+    ]
+    assert not any(problems(**each, **FP32) for each in (*OF_BASE, FULL))
 
 
 def test_all_contradictions_come_together() -> None:
@@ -288,6 +295,10 @@ def test_nothing_is_suggested_for_a_word_like_no_other() -> None:
         ),
         ({"lora.modules_to_save": ["a"]} | FP32, FP32, False),
         ({"lora.bias": "all"} | FP32, {"lora.bias": "lora_only"} | FP32, False),
+        # without an adapter, its settings mean nothing
+        ({"lora.r": 4, "lora.targets": "mlp", "lora.alpha": 3} | FULL | FP32, FULL | FP32, True),
+        ({"lora.init": "pissa", "lora.bias": "all"} | FULL | FP32, FULL | FP32, True),
+        (FULL | FP32, FP32, False),
         ({"lora.rank_pattern": {"q_proj": 4}}, {"lora.rank_pattern": None}, False),
         # the first may be an exception from the second, so it counts
         ({"lora.rank_pattern": {"0.q": 8, "q": 4}}, {"lora.rank_pattern": {"q": 4}}, False),

@@ -14,10 +14,13 @@ import yaml
 from tests import grid, searches
 from tests.fake_worker import FakeWorkers
 from tinyllama_lab.config import CONF_DIR
+from tinyllama_lab.config import schema as config
 from tinyllama_lab.config.schema import NO_CARD, Config
 from tinyllama_lab.config.validate import known_keys
 from tinyllama_lab.errors import ConfigError
+from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.study.trial import trial_key
+from tinyllama_lab.sweep.plan import make_plan
 from tinyllama_lab.sweep.settings import unused
 from tinyllama_lab.sweep.settings.compose import Cell, groups, option_values
 from tinyllama_lab.sweep.settings.unused import drop_unused
@@ -242,9 +245,7 @@ ALWAYS = {
     *("data.style", "data.n", "data.eval_n", "data.max_length", "data.drop_containing"),
     *(f"data.columns.{name}" for name in ("messages", "text", "system", "tools", "intent")),
     *("data.columns.split", "data.columns.group"),
-    *(f"lora.{name}" for name in ("r", "alpha", "dropout", "targets", "layers")),
-    *("lora.rank_pattern", "lora.init", "lora.variant", "lora.bias"),
-    "lora.modules_to_save",
+    *("lora.rank_pattern", "lora.variant"),
     *("quant.kind", "quant.double", "seed"),
     *("train.max_steps", "train.batch_size", "train.lr", "train.schedule", "train.warmup_ratio"),
     *("train.optimizer", "train.loraplus_ratio", "train.label_smoothing", "train.neftune_alpha"),
@@ -259,6 +260,36 @@ ALWAYS = {
     *("hardware.checkpoint_every_s", "eval.general", "seeds", "tune", "tune_budget"),
     "tune_values",  # without `tune` refused where grids are expanded
 }
+
+
+FULL = ("train.precision=fp32", "lora=full")
+
+
+@pytest.mark.parametrize("typed", ["lora.r=4", "lora.targets=mlp", "lora.init=olora"])
+def test_settings_of_an_adapter_are_refused_where_there_is_none(typed: str) -> None:
+    (problem,) = problems(*FULL, typed)
+    key, _, value = typed.partition("=")
+    assert problem.startswith(f"{key} has no effect with lora.variant=full, got ")
+    assert problem.endswith("; leave it out, or set lora.variant=lora") and value in problem
+    assert problems(*FULL) == [] and problems(*FULL, "train.optimizer=lion") == []
+
+
+def test_a_grid_with_a_whole_model_gives_one_trial_of_it(tmp_path: Path) -> None:
+    def labels(*typed: str) -> list[str]:
+        made, found = drop_unused(cells("study=s", f"sweeps_dir={tmp_path}", FULL[0], *typed))
+        assert found == []
+        configs = [config.load(cell.raw) for cell in made]
+        planned = make_plan(made, configs, StudyFolder(tmp_path, "s")).trials
+        return [each.label for each in planned]
+
+    assert labels("lora=default,full") == ["variant=lora", "variant=full"]
+    assert labels("lora.variant=dora,full") == ["variant=dora", "variant=full"]
+    assert labels("lora=default,full", "lora.r=4,8") == [
+        "r=4 variant=lora",
+        "r=8 variant=lora",
+        "variant=full",
+    ]
+    assert labels("lora=full")[0].startswith("model=tiny_random variant=full n=")
 
 
 def test_every_setting_has_a_rule_for_when_it_has_an_effect() -> None:

@@ -59,7 +59,7 @@ def science(configure: Any, **changes: Any) -> Science:
     return made
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "full"])
 @pytest.mark.parametrize("targets", ["attention_qv", "all_linear", ["down_proj", "k_proj"]])
 def test_parameters_and_file_are_those_that_peft_saves(
     variant: str, targets: Any, hardware: Hardware, tmp_path: Path

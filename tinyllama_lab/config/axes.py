@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tinyllama_lab.config.variants import FULL
 from tinyllama_lab.errors import shown
 from tinyllama_lab.metrics import BITS_PER_BYTE
 from tinyllama_lab.study.trial import digest
@@ -18,6 +19,7 @@ ROWS = "eval.rows"  # selects the rows on which a trial is evaluated
 LONGEST_VALUE = 48  # characters of a value in a label, table or MLflow parameter
 LONGEST_LABEL = 200  # characters; MLflow's database has 250 for the name of a run
 _BY_TEXT = f", but in bits per byte where their held-out text is the same ({BITS_PER_BYTE})"
+_VARIANT = "lora.variant"
 _SHOWN_FIRST = ("lora", "data", "quant", "train", "model", "eval", "seed")
 _SHOWN = (
     "model.name",
@@ -62,8 +64,13 @@ def shown_name(group: Mapping[str, Any]) -> str:
 
 
 def flatten_shown(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return `flatten(settings)` with the display names of model and data set."""
+    """Return `flatten(settings)` with the display names of model and data set.
+
+    Settings of an adapter are left out where a trial has none.
+    """
     flat = flatten(settings)
+    if _is_full(flat):
+        flat = {key: value for key, value in flat.items() if _has_setting(flat, key)}
     for group in ("model", "data"):
         if f"{group}.name" in flat:
             flat[f"{group}.name"] = shown_name(settings[group])
@@ -76,7 +83,11 @@ def swept_keys(configs: Iterable[dict[str, Any]]) -> list[str]:
     flats = [flatten_shown(config) for config in configs]
     names = dict.fromkeys(name for flat in flats for name in flat)
     # digests, because lists and dictionaries have no hash
-    differ = [n for n in names if len({digest(flat.get(n)) for flat in flats}) > 1]
+    differ = [
+        name
+        for name in names
+        if len({digest(flat.get(name)) for flat in flats if _has_setting(flat, name)}) > 1
+    ]
     differ = [n for n in differ if _is_distinguishing(n, differ, plain)] or differ
     # another model or data set changes its columns, repository and so on: the name is enough
     for group, leader in (("model", "model.name"), ("data", "data.name"), ("quant", "quant.kind")):
@@ -86,13 +97,23 @@ def swept_keys(configs: Iterable[dict[str, Any]]) -> list[str]:
             determined = {n for n in members if _is_determined(n, [leader], flats)}
             differ = [n for n in differ if n not in determined]
     # an alpha of 2 r (`lora.alpha=null`) follows from the rank
-    if all(flat.get("lora.alpha") == 2 * flat.get("lora.r", 0) for flat in flats):
+    adapters = [flat for flat in flats if not _is_full(flat)]
+    if all(flat.get("lora.alpha") == 2 * flat.get("lora.r", 0) for flat in adapters):
         differ = [n for n in differ if n != "lora.alpha"]
     # digests and versions are shown only if nothing else differs
     differ = [n for n in differ if not n.endswith(".identity")] or differ
     differ = [n for n in differ if n != _RENDERING] or differ
     of_groups = [name for name in differ if name.partition(".")[0] in _SHOWN_FIRST]
     return sorted(of_groups, key=lambda name: _SHOWN_FIRST.index(name.partition(".")[0]))
+
+
+def _is_full(flat: Mapping[str, Any]) -> bool:
+    """Return whether a trial trains all weights of the base, and no adapter."""
+    return flat.get(_VARIANT) == FULL
+
+
+def _has_setting(flat: Mapping[str, Any], name: str) -> bool:
+    return name == _VARIANT or not (name.startswith("lora.") and _is_full(flat))
 
 
 def comparability_notes(swept: Sequence[str]) -> list[str]:
@@ -200,7 +221,8 @@ def setting_label(key: str, value: Any) -> str:
 
 def words(values: Mapping[str, Any]) -> str:
     """Return settings and values for people: `r=8 n=1500`."""
-    return shortened(" ".join(setting_label(*pair) for pair in values.items()), LONGEST_LABEL)
+    labels = (setting_label(*pair) for pair in values.items() if _has_setting(values, pair[0]))
+    return shortened(" ".join(labels), LONGEST_LABEL)
 
 
 def label(settings: dict[str, Any], swept: Sequence[str]) -> str:
@@ -222,7 +244,7 @@ def file_word(text: str) -> str:
 def _label_settings(settings: dict[str, Any], swept: Sequence[str]) -> dict[str, Any]:
     """Return the settings that a trial's label shows."""
     flat = flatten_shown(settings)
-    names = list(swept) or ["model.name", "lora.r", "data.n"]
+    names = list(swept) or ["model.name", _VARIANT if _is_full(flat) else "lora.r", "data.n"]
     return {name: flat[name] for name in names if name in flat}
 
 

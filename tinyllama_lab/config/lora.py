@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tinyllama_lab.config.targets import EXPRESSION, LAYERS, TARGET_GROUPS, expression_of
 from tinyllama_lab.config.validate import rule
-from tinyllama_lab.config.variants import INITIALISATIONS, VARIANTS
+from tinyllama_lab.config.variants import FULL, INITIALISATIONS, VARIANTS
 
 HIGHEST_RANK = 1024
 TARGETS = (*TARGET_GROUPS, "all_linear")
+OF_BASE = ("bias", "modules_to_save")  # settings that train weights of the base beside A and B
 BIASES = ("none", "all", "lora_only")  # words of PEFT
 
 
@@ -38,6 +39,8 @@ class LoraConfig:
 
     def problems(self) -> Iterator[str]:
         """Yield the settings that contradict each other."""
+        if self.is_full:  # the others mean nothing
+            return
         if self.targets == []:
             yield "lora.targets must name at least one module, got []; set lora.targets=attention"
         if isinstance(self.layers, str) and not LAYERS.fullmatch(self.layers):
@@ -102,8 +105,15 @@ class LoraConfig:
             yield f"{trains}, which needs quant=none, got {quant}; set quant=none"
 
     @property
+    def is_full(self) -> bool:
+        """Whether all weights of the base are trained, and there is no adapter."""
+        return VARIANTS[self.variant].is_full
+
+    @property
     def of_base(self) -> str | None:
         """The setting by which weights of the base are trained; None if there is none."""
+        if self.is_full:
+            return f"lora.variant={self.variant}"
         if self.bias != "none":
             return f"lora.bias={self.bias}"
         return "lora.modules_to_save" if self.modules_to_save else None
@@ -123,7 +133,7 @@ class LoraConfig:
     @property
     def shifts_base(self) -> bool:
         """Whether the adapter begins with a B @ A that is not zero."""
-        return INITIALISATIONS[self.init].shifts_base
+        return INITIALISATIONS[self.init].shifts_base and not self.is_full
 
     @property
     def reads_rows(self) -> bool:
@@ -139,6 +149,11 @@ class LoraConfig:
     def scale_alpha(self) -> float:
         """The effective alpha."""
         return 2.0 * self.r if self.alpha is None else self.alpha
+
+
+def full_tuning() -> LoraConfig:
+    """Return the settings of a trial without an adapter, of which the variant alone counts."""
+    return replace(plain_lora(r=1, targets="all_linear"), alpha=2.0, variant=FULL)
 
 
 def plain_lora(r: int, targets: str) -> LoraConfig:

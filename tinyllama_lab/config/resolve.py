@@ -6,6 +6,7 @@ import typing
 from dataclasses import asdict
 from typing import Any
 
+from tinyllama_lab.config.lora import full_tuning
 from tinyllama_lab.config.schema import Config, DataConfig, Science
 from tinyllama_lab.config.targets import TARGET_GROUPS
 
@@ -32,6 +33,8 @@ def resolved(config: Config) -> dict[str, Any]:
         "modules_to_save": sorted(set(config.lora.modules_to_save)),
     }
     plain["data"] |= _plain_data(config.data)
+    if config.lora.is_full:  # where it has no adapter, settings of one must not change the key
+        plain["lora"] = asdict(full_tuning())
     if plain["train"]["loraplus_ratio"] == 1:
         plain["train"]["loraplus_ratio"] = None
     return plain

@@ -325,6 +325,12 @@ class Config(Science):
         if problem := _study_problem(self.study):
             yield problem
         yield from self.lora.problems_with(self.quant.kind, self.train.precision)
+        if self.lora.is_full and self.train.loraplus_ratio not in (None, 1):
+            yield (
+                "train.loraplus_ratio needs the A and B of adapters, got "
+                f"{self.train.loraplus_ratio:g} with lora.variant={self.lora.variant}; "
+                "set train.loraplus_ratio=null"
+            )
 
 
 def load(raw: Mapping[str, Any]) -> Config:

@@ -18,6 +18,7 @@ class Variant:
     not_packed: str | None = None  # why its adapters train one at a time, through PEFT
     trains_magnitudes: bool = False  # one more trained number for every output of a module
     reads_weights: bool = False  # before the first matmul, which is what quantizes int8 on a CPU
+    is_full: bool = False  # there is no adapter: all weights of the base are trained
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ INITIALISATIONS = {
     # PEFT's "eva" would ask for rows when a saved adapter is loaded
     "eva": Initialisation(True, reads_rows=True),  # arXiv 2410.07170
 }
+FULL = "full"
 VARIANTS = {
     "lora": Variant(),  # arXiv 2106.09685
     "rslora": Variant({"use_rslora": True}),  # arXiv 2312.03732
@@ -47,4 +49,5 @@ VARIANTS = {
         trains_magnitudes=True,
         reads_weights=True,
     ),
+    FULL: Variant(is_full=True),
 }

@@ -18,9 +18,9 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from tinyllama_lab.config.axes import flatten, spelled
 from tinyllama_lab.config.command import setting, sweep_command, unquoted
-from tinyllama_lab.config.schema import Science, part
+from tinyllama_lab.config.schema import ModelConfig, Science, part
 from tinyllama_lab.metrics import HELDOUT_LOSS, METRICS, MINIMIZE, PERPLEXITY
-from tinyllama_lab.study.trial import EVAL, Result, TrialFolder
+from tinyllama_lab.study.trial import EVAL, MODEL_CONFIG, Result, TrialFolder
 
 LIBRARY = "tinyllama_lab"
 HERE = "."  # how the snippet names the adapter's own folder
@@ -74,7 +74,13 @@ class BaseModel:
 
     @classmethod
     def of(cls, trial: TrialFolder) -> BaseModel:
-        """Read the base from the configuration that PEFT saved with the adapter."""
+        """Read the base from the configuration that PEFT saved with the adapter.
+
+        A model that was trained whole has none; its base is that of the trial.
+        """
+        if trial.adapter_config_file.name == MODEL_CONFIG:
+            model: ModelConfig = part(ModelConfig, trial.read_config()["model"])
+            return cls(model.repo, model.identity if model.source == "hub" else None)
         config = json.loads(trial.adapter_config_file.read_text(encoding="utf-8"))
         name = config.get("base_model_name_or_path")
         is_local = not name or PurePath(name).is_absolute()
@@ -120,7 +126,8 @@ def trial_card(facts: Facts, adapter: str = HERE) -> Card:
         "Results": _results(facts),
         "Limits": _limits(facts),
     }
-    return Card(_front(facts), f"{facts.trial.name}: a LoRA adapter for {base}", sections)
+    kind = f"{base}, fine-tuned" if science.lora.is_full else f"a LoRA adapter for {base}"
+    return Card(_front(facts), f"{facts.trial.name}: {kind}", sections)
 
 
 def _front(facts: Facts) -> ModelCardData:
@@ -145,23 +152,33 @@ def _front(facts: Facts) -> ModelCardData:
     ]
     return ModelCardData(
         base_model=facts.base.repo,
-        library_name="peft",
+        library_name="transformers" if facts.science.lora.is_full else "peft",
         pipeline_tag="text-generation",
         datasets=[repo] if repo else None,
-        tags=["lora", "peft", LIBRARY, *(["qlora"] if facts.science.quant.kind != "none" else [])],
+        tags=_tags(facts.science),
         model_name=facts.trial.name if results else None,
         eval_results=results or None,
     )
 
 
+def _tags(science: Science) -> list[str]:
+    if science.lora.is_full:
+        return [LIBRARY]
+    return ["lora", "peft", LIBRARY, *(["qlora"] if science.quant.kind != "none" else [])]
+
+
 def _what(facts: Facts) -> str:
     lora, result = facts.science.lora, facts.result
+    size = METRICS["size/adapter_mib"].shown(result.metrics["size/adapter_mib"])
+    version = result.environment.get("versions", {}).get(LIBRARY)
+    made = f"It was trained and scored with {LIBRARY} {version or ''}".rstrip() + "."
+    trained = f"{result.model['trainable_params']:,} trained parameters, {size} MiB"
+    if lora.is_full:
+        return f"A whole model, made from {_base_link(facts)}: {trained}. {made}"
     config = json.loads(facts.trial.adapter_config_file.read_text(encoding="utf-8"))
     targets = config["target_modules"]
     names = [targets] if isinstance(targets, str) else sorted(targets)
     modules = ", ".join(f"`{name}`" for name in names)
-    size = METRICS["size/adapter_mib"].shown(result.metrics["size/adapter_mib"])
-    version = result.environment.get("versions", {}).get(LIBRARY)
     kind = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA"}.get(lora.variant, lora.variant)
     whole = [f"`{name}`" for name in lora.modules_to_save]
     whole += [{"none": "", "all": "all biases"}.get(lora.bias, "their biases")]
@@ -169,10 +186,7 @@ def _what(facts: Facts) -> str:
     return (
         f"A {kind} adapter of rank {lora.r} on the modules {modules}"
         f"{f', with trained values of {more}' if more else ''}: "
-        f"{result.model['trainable_params']:,} trained parameters, {size} MiB. It changes "
-        f"{_base_link(facts)}, which it needs to run. It was trained and scored with {LIBRARY} "
-        f"{version or ''}".rstrip()
-        + "."
+        f"{trained}. It changes {_base_link(facts)}, which it needs to run. {made}"
     )
 
 
@@ -192,18 +206,15 @@ def _snippet(facts: Facts, adapter: str) -> str:
         options.append(f"quantization_config=BitsAndBytesConfig({quant})")
     imports = ["AutoModelForCausalLM", "AutoTokenizer"]
     imports += ["BitsAndBytesConfig"] if kind != "none" else []
+    name = "folder" if science.lora.is_full else "adapter"
     where = "this folder, or its name on the hub" if adapter == HERE else "on the hub"
     lines = [
-        "from peft import PeftModel",
+        *([] if science.lora.is_full else ["from peft import PeftModel"]),
         f"from transformers import {', '.join(imports)}",
         "",
-        f'adapter = "{adapter}"  # {where}',
-        "tokenizer = AutoTokenizer.from_pretrained(adapter)",
-        "base = AutoModelForCausalLM.from_pretrained(",
-        f'    "{facts.base.repo or LOCAL_BASE}",',
-        *(f"    {option}," for option in options),
-        ")",
-        "model = PeftModel.from_pretrained(base, adapter)",
+        f'{name} = "{adapter}"  # {where}',
+        f"tokenizer = AutoTokenizer.from_pretrained({name})",
+        *_loading(facts, options),
         'messages = [{"role": "user", "content": "Your question"}]',
         "inputs = tokenizer.apply_chat_template(",
         '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
@@ -218,6 +229,19 @@ def _snippet(facts: Facts, adapter: str) -> str:
         "The chat template of this folder's tokenizer renders the prompts of training.\n\n"
         "```python\n" + "\n".join(lines) + "\n```"
     )
+
+
+def _loading(facts: Facts, options: Sequence[str]) -> list[str]:
+    """Return the lines of the snippet that load the model."""
+    if facts.science.lora.is_full:
+        return ["model = AutoModelForCausalLM.from_pretrained(folder)"]
+    return [
+        "base = AutoModelForCausalLM.from_pretrained(",
+        f'    "{facts.base.repo or LOCAL_BASE}",',
+        *(f"    {option}," for option in options),
+        ")",
+        "model = PeftModel.from_pretrained(base, adapter)",
+    ]
 
 
 def _base(facts: Facts) -> str:

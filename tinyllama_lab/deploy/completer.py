@@ -24,7 +24,7 @@ from tinyllama_lab.core.engines.packed.decode import Decoder
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
 from tinyllama_lab.core.engines.packed.llama import FrozenLlama, why_not_llama
 from tinyllama_lab.core.engines.sampling import Chooser, TokenSampling
-from tinyllama_lab.core.models.base_weights import BaseCopies, biases
+from tinyllama_lab.core.models.base_weights import BaseCopies, biases, load_whole, train_whole
 from tinyllama_lab.core.models.loading import Base
 from tinyllama_lab.core.models.quiet import no_bias_warning, no_peft_deprecation
 from tinyllama_lab.errors import ModelError, StudyError
@@ -218,7 +218,7 @@ class PeftCompleter:
         self._base = base
         self._model: Any = base.model
         self._names: dict[str, str] = {}  # of adapters in PEFT, which takes no dots
-        self._biases: BaseCopies | None = None  # of the only adapter, if it trains any
+        self._copies: BaseCopies | None = None  # of what the only trial trained of the base
         self._queue: list[Completion] = []
         self._past: Any = None  # keys and values of the first in the queue
 
@@ -226,15 +226,19 @@ class PeftCompleter:
         """Add the adapter of a trial under a name; see `Completer`."""
         folder, own = str(trial.adapter_dir), f"adapter_{len(self._names)}"
         lora: LoraConfig = part(Science, trial.read_config()).lora
-        if self._names and (self._biases is not None or lora.bias != "none"):
+        changes_base = lora.is_full or lora.bias != "none"
+        if self._names and (changes_base or self._copies is not None):
             raise StudyError(
-                f"an adapter that trains biases of the base answers alone here, and {trial.name} "
-                f"is to share it with others; start again with trial={trial.key}"
+                "a trial that trained biases or all weights of the base answers alone here, and "
+                f"{trial.name} is to answer beside others; start again with trial={trial.key}"
             )
-        if lora.bias != "none":  # which PEFT would write into the base
-            self._biases = BaseCopies(self._base.model, biases(self._base.model))
+        if changes_base:  # in copies, because the bare base answers too
+            model = self._base.model
+            self._copies = train_whole(model) if lora.is_full else BaseCopies(model, biases(model))
         with _fitting(trial), no_peft_deprecation():
-            if isinstance(self._model, peft.PeftModel):
+            if lora.is_full:
+                load_whole(self._model, trial.adapter_dir)
+            elif isinstance(self._model, peft.PeftModel):
                 self._model.load_adapter(folder, adapter_name=own)
             else:
                 self._model = peft.PeftModel.from_pretrained(self._model, folder, own)
@@ -276,11 +280,16 @@ class PeftCompleter:
     @contextmanager
     def _under(self, name: str | None) -> Iterator[None]:
         """Run the block with an adapter, or with the bare base."""
+        with self._copies.set_aside() if self._copies and name is None else nullcontext():
+            with self._adapter(name):
+                yield
+
+    @contextmanager
+    def _adapter(self, name: str | None) -> Iterator[None]:
         if not isinstance(self._model, peft.PeftModel):
             yield
         elif name is None:
-            aside = self._biases.set_aside() if self._biases else nullcontext()
-            with no_bias_warning(), aside, self._model.disable_adapter():
+            with no_bias_warning(), self._model.disable_adapter():
                 yield
         else:
             self._model.set_adapter(self._names[name])

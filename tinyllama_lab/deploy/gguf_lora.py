@@ -67,6 +67,10 @@ def check_adapter(adapter: Path) -> dict[str, Any]:
     Raises:
         ModelError: it is not.
     """
+    if not (adapter / CONFIG_NAME).is_file():
+        raise ModelError(
+            f"types=lora writes an adapter, and {adapter} holds a whole model; set types=f16"
+        )
     settings = json.loads((adapter / CONFIG_NAME).read_text(encoding="utf-8"))
     more = [name for name in _MORE if settings.get(name)]
     if settings.get("bias", "none") != "none":

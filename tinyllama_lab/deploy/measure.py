@@ -101,14 +101,17 @@ def measure_forms(
             measured[form] = _run(replace(compared, form=form, paths=list(map(str, paths))))
         except ModelError as error:  # the others are worth their minutes
             problems.append(str(error))
-    folder = model_folder(part(Science, trial.read_config()).model)
-    sizes = {
-        BASE: _size_mib(folder),
-        TRAINED: _size_mib(folder) + _size_mib(trial.adapter_dir),
-        **{form: sum(map(_size_mib, paths)) for form, paths in exports.items()},
-    }
+    sizes = _of_trial_mib(trial)
+    sizes |= {form: sum(map(_size_mib, paths)) for form, paths in exports.items()}
     table = [_row(form, each, trained, rows, sizes[form]) for form, each in measured.items()]
     return table, problems
+
+
+def _of_trial_mib(trial: TrialFolder) -> dict[str, float]:
+    """Return MiB of the files of a base, and of what a trial made of it."""
+    science: Science = part(Science, trial.read_config())
+    base_mib, own_mib = _size_mib(model_folder(science.model)), _size_mib(trial.adapter_dir)
+    return {BASE: base_mib, TRAINED: own_mib if science.lora.is_full else base_mib + own_mib}
 
 
 def _run(task: Task) -> Measured:

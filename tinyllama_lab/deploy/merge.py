@@ -13,6 +13,7 @@ import torch
 from transformers import AutoConfig, GenerationConfig
 
 from tinyllama_lab.config.schema import Science, part
+from tinyllama_lab.core.models.base_weights import load_whole
 from tinyllama_lab.core.models.loading import TRUSTED_FILES, Base, load_base, model_folder
 from tinyllama_lab.core.models.lora import attach_saved
 from tinyllama_lab.core.models.quiet import no_progress_bar
@@ -35,7 +36,12 @@ def merge(trial: TrialFolder, target: Path, into: str = "dequantized") -> None:
     Raises:
         ModelError: the base is not available.
     """
-    base = _base(part(Science, trial.read_config()), into)
+    science: Science = part(Science, trial.read_config())
+    base = _base(science, into)
+    if science.lora.is_full:  # there is nothing to fold
+        load_whole(base.model, trial.adapter_dir)
+        _save(base.model, base, trial, target)
+        return
     model: Any = attach_saved(base.model, trial.adapter_dir)
     _save(model.merge_and_unload(safe_merge=True), base, trial, target)
 

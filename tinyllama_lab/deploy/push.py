@@ -18,6 +18,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from tinyllama_lab.config.command import typed
+from tinyllama_lab.config.schema import Science, part
 from tinyllama_lab.core.card import BaseModel
 from tinyllama_lab.data import hub_requests as requests
 from tinyllama_lab.data.hub import is_offline
@@ -25,6 +26,7 @@ from tinyllama_lab.deploy.card import complete, full_card, is_edited
 from tinyllama_lab.deploy.selection import Selection
 from tinyllama_lab.errors import ConfigError, LabError, StudyError, shown
 from tinyllama_lab.study.files import SHARED_BYTES
+from tinyllama_lab.study.trial import TrialFolder
 
 # files that tokenizers are saved as; any other file in the folder stays here
 _TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*")
@@ -75,6 +77,7 @@ def push(
         LabError: the hub refuses the upload, or cannot be reached.
     """
     trial = selection.trial.row.trial
+    _check_adapter(trial)
     if not complete(trial):
         raise StudyError(
             f"push uploads an adapter with its tokenizer, and {trial.adapter_dir} has none, nor "
@@ -94,6 +97,20 @@ def push(
         except Exception as error:  # errors of the client and of its transport share no base class
             raise LabError(_failure(error, to)) from error
     return f"{requests.endpoint()}/{to}"
+
+
+def _check_adapter(trial: TrialFolder) -> None:
+    """Check that a trial has an adapter.
+
+    Raises:
+        StudyError: it trained the whole model.
+    """
+    science: Science = part(Science, trial.read_config())
+    if science.lora.is_full:
+        raise StudyError(
+            f"push uploads adapters, and {trial.folder.name} trained the whole model; merge it to "
+            "a folder, and upload that with: hf upload owner/name folder"
+        )
 
 
 def _upload(folder: Path, to: str, private: bool) -> None:

@@ -27,23 +27,21 @@ NEUTRAL: dict[str, Any] = {
     "data.eval_path": None,  # if set, its content is part of `data.identity`
     **dict.fromkeys(("data.eval_split", "data.date", "lora.rank_pattern"), None),
     **{f"data.columns.{name}": None for name in ("text", "system", "tools", "group")},
-    "data.rendering": 1,
-    "data.subset": "nested",
-    "train.optimizer": "adamw",
-    "train.keep": "last",
+    **{"data.rendering": 1, "data.subset": "nested"},
+    **{"train.optimizer": "adamw", "train.keep": "last"},
     **dict.fromkeys(("train.loraplus_ratio", "train.eval_every", "train.patience"), None),
     **dict.fromkeys(("train.label_smoothing", "train.neftune_alpha"), 0.0),
     **dict.fromkeys(("data.learn", "lora.layers"), "all"),
     **{"lora.init": "default", "lora.bias": "none", "lora.modules_to_save": []},
-    "eval.general": False,
-    "eval.rows": "heldout",
+    **{"eval.general": False, "eval.rows": "heldout"},
 }
 # option names of conf/, which are part of keys; any other name is a label of the user's
 SHIPPED = ("tinyllama", "tinyllama_v01", "dolly", "alpaca", "bitext_travel", "indicvault")
 _UNLABELLED = (None, "package", "random", "travel")  # of all other sources, the name is a label
 
-# as PEFT and the Hugging Face hub name the files of an adapter
+# as PEFT names the files of an adapter, transformers those of a whole model, and the hub others
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+MODEL_WEIGHTS, MODEL_CONFIG = "model.safetensors", "config.json"
 CARD, CHAT_TEMPLATE = "README.md", "chat_template.jinja"
 
 
@@ -296,11 +294,13 @@ class TrialFolder(ResultFolder):
 
     @property
     def weights_file(self) -> Path:
-        return self.adapter_dir / ADAPTER_WEIGHTS
+        whole = self.adapter_dir / MODEL_WEIGHTS
+        return whole if whole.is_file() else self.adapter_dir / ADAPTER_WEIGHTS
 
     @property
     def adapter_config_file(self) -> Path:
-        return self.adapter_dir / ADAPTER_CONFIG
+        whole = self.adapter_dir / MODEL_CONFIG
+        return whole if whole.is_file() else self.adapter_dir / ADAPTER_CONFIG
 
     @property
     def card_file(self) -> Path:

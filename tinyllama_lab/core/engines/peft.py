@@ -21,6 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from tinyllama_lab.config.lora import LoraConfig
 from tinyllama_lab.core.dataset.dataset import Example
 from tinyllama_lab.core.engines.base import ADAPTER_BYTES, A, WorkItem, by_adapter
+from tinyllama_lab.core.engines.full import FullModel
 from tinyllama_lab.core.engines.generate import ROWS, generate
 from tinyllama_lab.core.engines.packed.dropout import noise
 from tinyllama_lab.core.engines.sampling import TokenSampling
@@ -105,6 +106,9 @@ def _saved_name(name: str) -> str:
     return name.replace(".modules_to_save.default", "").replace(".default", "")
 
 
+Alone = PeftAdapter | FullModel  # what trains one at a time
+
+
 class PeftEngine:
     """Runs at most one adapter at a time in transformers' own forward pass."""
 
@@ -114,17 +118,20 @@ class PeftEngine:
 
     def __init__(self, base: Base) -> None:
         self._base = base
-        self._adapter: PeftAdapter | None = None
+        self._adapter: Alone | None = None
         self._recomputes = False
         self._directions = InputDirections(base.model)
 
-    def add(self, config: LoraConfig, seed: int, rows: Sequence[Example] = ()) -> PeftAdapter:
-        """Attach a new adapter."""
-        first_a = self._directions.of(config, rows)
-        self._adapter = PeftAdapter(lora.attach(self._base.model, config, seed, first_a))
+    def add(self, config: LoraConfig, seed: int, rows: Sequence[Example] = ()) -> Alone:
+        """Attach a new adapter, or make the base itself trainable."""
+        if config.is_full:
+            self._adapter = FullModel(self._base.model)
+        else:
+            first_a = self._directions.of(config, rows)
+            self._adapter = PeftAdapter(lora.attach(self._base.model, config, seed, first_a))
         return self._adapter
 
-    def remove(self, adapter: PeftAdapter) -> None:
+    def remove(self, adapter: Alone) -> None:
         """Remove the adapter from the base."""
         adapter.detach()
         self._adapter = None
@@ -133,7 +140,7 @@ class PeftEngine:
         """Return the MiB of weights, gradients and moments, all in float32."""
         return lora.count_parameters(self._base.model, config) * self.parameter_bytes / MIB
 
-    def groups(self, items: Sequence[WorkItem[PeftAdapter]]) -> list[list[WorkItem[PeftAdapter]]]:
+    def groups(self, items: Sequence[WorkItem[Alone]]) -> list[list[WorkItem[Alone]]]:
         """Return one group per adapter, because only one is on the base at a time."""
         return by_adapter(items)
 
@@ -142,12 +149,12 @@ class PeftEngine:
         self._recomputes = enabled
 
     def micro_batches(
-        self, items: Sequence[WorkItem[PeftAdapter]], max_tokens: int
-    ) -> list[list[WorkItem[PeftAdapter]]]:
+        self, items: Sequence[WorkItem[Alone]], max_tokens: int
+    ) -> list[list[WorkItem[Alone]]]:
         """Split items into micro-batches of one adapter; `max_tokens` includes padding."""
         return [batch for group in by_adapter(items) for batch in micro_batches(group, max_tokens)]
 
-    def example_losses(self, items: Sequence[WorkItem[PeftAdapter]]) -> torch.Tensor:
+    def example_losses(self, items: Sequence[WorkItem[Alone]]) -> torch.Tensor:
         """Return the summed cross entropy (nats) of each item's labels, `[items]` in float64.
 
         All items must have the same adapter.
@@ -169,7 +176,7 @@ class PeftEngine:
 
     def generate(
         self,
-        items: Sequence[WorkItem[PeftAdapter]],
+        items: Sequence[WorkItem[Alone]],
         tokens: int,
         stop: bool = True,
         sampling: TokenSampling | None = None,
@@ -183,7 +190,7 @@ class PeftEngine:
                 completions += generate(self._base, examples, tokens, stop, sampling, on_token)
         return completions
 
-    def max_prompts(self, items: Sequence[WorkItem[PeftAdapter]], tokens: int) -> int:
+    def max_prompts(self, items: Sequence[WorkItem[Alone]], tokens: int) -> int:
         """Return a fixed number."""
         return ROWS
 
@@ -202,7 +209,7 @@ class PeftEngine:
             torch.cuda.set_rng_state(state["cuda_random_state"], self._base.device)
 
     @contextmanager
-    def _active_adapter(self, items: Sequence[WorkItem[PeftAdapter]]) -> Iterator[None]:
+    def _active_adapter(self, items: Sequence[WorkItem[Alone]]) -> Iterator[None]:
         """Run the block with the adapter of the items, or with the bare base if they have none."""
         adapter = self._adapter
         if items[0].adapter is None and adapter is not None:

@@ -164,7 +164,8 @@ def _run_tasks(context: WorkerContext, subject: Subject) -> None:
     tasks = subject.settings.harness
     if not tasks:
         return
-    if hasattr(context.base.model, "peft_config"):
+    model = context.base.model
+    if hasattr(model, "peft_config") or any(p.requires_grad for p in model.parameters()):
         # lm-eval loads the saved adapter, and PEFT's engine has one on the base already
         received = subject.result.environment.get("engine", "peft")
         subject.note(

@@ -185,6 +185,10 @@ def _changes(trial: Trial, name: str) -> Iterator[tuple[str, Trial]]:
 def _values(trial: Trial, name: str) -> Iterator[Any]:
     """Yield smaller values of a setting, the nearest first."""
     science = trial.science
+    if science.lora.of_base is not None and name == "quant":
+        return
+    if science.lora.is_full and name.startswith("lora."):
+        return
     if name == "quant" and science.quant.kind in ("none", "int8"):
         yield "nf4"
     elif name == "lora.targets" and science.lora.targets != "attention_qv":

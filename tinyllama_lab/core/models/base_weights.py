@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from tinyllama_lab.config.lora import LoraConfig
 from tinyllama_lab.config.targets import missing_names
+from tinyllama_lab.core.models.quiet import no_progress_bar
 from tinyllama_lab.errors import ModelError
 
 _BIAS = ".bias"
@@ -56,6 +59,31 @@ class BaseCopies:
             setattr(module, name, trained)
 
 
+def train_whole(model: PreTrainedModel) -> BaseCopies:
+    """Put copies of all weights into a model."""
+    return BaseCopies(model, list(model.parameters()))
+
+
+def save_whole(model: PreTrainedModel, folder: Path) -> None:
+    """Write the folder that `AutoModelForCausalLM.from_pretrained` loads."""
+    with no_progress_bar():
+        model.save_pretrained(folder, max_shard_size="1TB")  # in one file
+
+
+@torch.no_grad()
+def load_whole(model: PreTrainedModel, folder: Path) -> None:
+    """Write the weights that `save_whole` wrote into those of a model.
+
+    Raises:
+        KeyError: a weight is missing.
+    """
+    with no_progress_bar():
+        saved = type(model).from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    values = dict(saved.named_parameters())
+    for name, parameter in model.named_parameters():
+        parameter.copy_(values[name])
+
+
 def trained_parameters(
     model: PreTrainedModel, lora: LoraConfig, adapted: Collection[str]
 ) -> dict[str, nn.Parameter]:
@@ -66,6 +94,8 @@ def trained_parameters(
         lora: `bias` and `modules_to_save` say which.
         adapted: names of the modules with an A and a B.
     """
+    if lora.is_full:
+        return dict(model.named_parameters())
     found: dict[str, nn.Parameter] = {}
     for module in saved_modules(model, lora.modules_to_save):
         of_module = model.get_submodule(module).named_parameters()

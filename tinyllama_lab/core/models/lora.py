@@ -41,6 +41,16 @@ class LowRank(NamedTuple):
         return self.rank * (self.outputs + self.inputs)
 
 
+def check(model: PreTrainedModel, lora: LoraConfig) -> None:
+    """Refuse settings that do not fit the model.
+
+    Raises:
+        ModelError: as in `peft_config`.
+    """
+    if not lora.is_full:
+        peft_config(model, lora)
+
+
 def linear_modules(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
     """Return the layers that an adapter may adapt, by name: all linear ones but the head."""
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
@@ -309,8 +319,10 @@ def target_shapes(model: PreTrainedModel, lora: LoraConfig) -> dict[str, LowRank
     Raises:
         ModelError: as in `peft_config`.
     """
-    config = peft_config(model, lora)
     shapes: dict[str, LowRank] = {}
+    if lora.is_full:
+        return shapes
+    config = peft_config(model, lora)
     for name, module in linear_modules(model).items():
         if check_target_module_exists(config, name):
             rank = of_module(config.rank_pattern, name, lora.r)
@@ -328,6 +340,8 @@ def left_out(model: PreTrainedModel, lora: LoraConfig) -> str | None:
     Adapters reach only linear layers, not experts stored as one three-dimensional parameter.
     Small shares, such as those of convolutions, get no note.
     """
+    if lora.is_full:
+        return None
     shapes = {name: whole_shape(parameter) for name, parameter in model.named_parameters()}
     sizes = {name: shape.numel() for name, shape in shapes.items()}
     unreached = [name for name, shape in shapes.items() if len(shape) > 2]

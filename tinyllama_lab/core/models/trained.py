@@ -31,7 +31,12 @@ def load_adapter(trial: TrialFolder, device: str) -> peft.PeftModel:
             f"load_adapter needs a trial that has trained an adapter, and {trial.folder} holds "
             "none; take one whose state is done"
         )
-    science = part(Science, trial.read_config())
+    science: Science = part(Science, trial.read_config())
+    if science.lora.is_full:
+        raise StudyError(
+            f"load_adapter needs a trial with an adapter, and {trial.folder.name} trained the "
+            f'whole model; type AutoModelForCausalLM.from_pretrained("{trial.adapter_dir}")'
+        )
     base = load_base(science.model, science.quant, science.train.precision, device)
     return attach_saved(base.model, trial.adapter_dir)
 

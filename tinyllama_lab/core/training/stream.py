@@ -123,7 +123,7 @@ def split_by_engine(
     unpacked: list[Attempt] = []
     for attempt in attempts:
         try:
-            lora.peft_config(base.model, attempt.science.lora)
+            lora.check(base.model, attempt.science.lora)
             why = attempt.science.lora.not_packed or reason
             _check_weights(base, attempt)
             _check_init(attempt, why)

@@ -11,8 +11,10 @@ from dataclasses import dataclass, field, replace
 from statistics import fmean, median
 from typing import Any
 
+from tinyllama_lab.config.axes import flatten
 from tinyllama_lab.config.schema import ALL, Config, DataConfig, Science, part
 from tinyllama_lab.config.targets import step_share
+from tinyllama_lab.config.variants import FULL
 from tinyllama_lab.data.rows import RawRow
 from tinyllama_lab.data.splits.splits import Split
 from tinyllama_lab.report.analysis.comparison import Comparison, Scored
@@ -95,6 +97,7 @@ def known_costs(
         rate * step_share(t.settings["lora.targets"]) / share
         for t in same_machine
         if t.settings.get("lora.layers", ALL) == config.lora.layers
+        if (t.settings.get("lora.variant") == FULL) == config.lora.is_full
         if (rate := t.metric("perf/train_tokens_per_s"))
     ]
     peaks = [peak for t in same_machine if (peak := t.metric("memory/train_peak_mib"))]
@@ -127,7 +130,7 @@ class EarlierTrials:
         config = config_of(self._plan.config, planned)
         config = replace(config, hardware=replace(config.hardware, threads=threads))
         groups = (config.model, config.quant, config.train.precision, config.lora.targets)
-        key = repr((groups, config.lora.layers, threads))
+        key = repr((groups, config.lora.layers, config.lora.is_full, threads))
         if key not in self._known:
             self._known[key] = known_costs(self._studies, config, None)
         known = self._known[key]
@@ -228,12 +231,19 @@ def _adapter_sizes(trials: Sequence[Scored]) -> Iterator[tuple[str, float]]:
     for trial in trials:
         size, rank = trial.metric("size/adapter_mib"), trial.settings.get("lora.r")
         has_one_rank = not any(key.startswith("lora.rank_pattern.") for key in trial.settings)
-        if size and rank and has_one_rank:
+        if size and rank and has_one_rank and _trains_adapter_alone(trial.settings):
             # the size of an adapter is proportional to its rank
             lora = {
                 name: trial.settings.get(f"lora.{name}", ALL) for name in ("targets", "layers")
             }
             yield _modules(lora), size / rank
+
+
+def _trains_adapter_alone(settings: Mapping[str, Any]) -> bool:
+    """Return whether a trial leaves all weights of the base as they are."""
+    is_adapter = settings.get("lora.variant") != FULL
+    whole = settings.get("lora.modules_to_save"), settings.get("lora.bias", "none") != "none"
+    return is_adapter and not any(whole)
 
 
 def _modules(lora: Mapping[str, Any]) -> str:
@@ -262,7 +272,13 @@ def cost_lines(
     if known.peak_mib:
         yield "memory", f"up to {known.peak_mib:,.0f} MiB, as in earlier trials of this base"
     adapters = [planned.config["lora"] for planned in work.planned]
-    if all(_modules(a) in known.adapter_mib and not a["rank_pattern"] for a in adapters):
+    is_known = all(
+        _modules(lora) in known.adapter_mib
+        and not lora["rank_pattern"]
+        and _trains_adapter_alone(flatten({"lora": lora}))
+        for lora in adapters
+    )
+    if is_known:
         mib = [known.adapter_mib[_modules(lora)] * lora["r"] for lora in adapters]
         yield "disk", f"about {sum(mib) / work.candidates:,.0f} MiB of adapters"
 

@@ -205,7 +205,8 @@ class _Earlier:
         """Return the costs of a trial's base, and the estimated lengths of its rows."""
         science: Science = part(Science, planned.config)
         of_data = replace(science.data, n=1)
-        modules, precision = (science.lora.targets, science.lora.layers), science.train.precision
+        lora, precision = science.lora, science.train.precision
+        modules = lora.targets, lora.layers, lora.is_full
         key = repr((science.model, science.quant, modules, precision, of_data))
         if key not in self._known:
             config = config_of(self._config, planned)

@@ -37,7 +37,7 @@ def _table(plan: Plan, forecast: Forecast) -> Table:
     groups: dict[tuple[str, ...], list[TrialForecast]] = {}
     for trial in forecast.trials:
         values = flatten_shown(trial.planned.config)
-        cells = [one_line(show(values[key])) for key in swept]
+        cells = [one_line(show(values.get(key))) for key in swept]
         groups.setdefault((*cells, str(trial.fits)), []).append(trial)
     for (*cells, _), trials in groups.items():
         table.add_row(*cells, str(len(trials)), *_cells(trials))

@@ -13,7 +13,9 @@ from typing import Any
 
 from tinyllama_lab.config.axes import flatten
 from tinyllama_lab.config.command import typed
+from tinyllama_lab.config.lora import OF_BASE
 from tinyllama_lab.config.sources import FILE_OPTIONS, SOURCES
+from tinyllama_lab.config.variants import FULL
 from tinyllama_lab.sweep.settings.compose import Cell, groups, option_values
 from tinyllama_lab.sweep.tracking.record import without_password
 
@@ -30,7 +32,7 @@ _OPTIONS = {"package": "smollm2", "random": "tiny_random"}
 _EXAMPLES = {"model.path": "/a/folder", "data.path": "my.jsonl"}
 _FILLED_IN = ("identity", "rendering")  # by the driver
 _LAUNCHER = "hydra/launcher"
-_GROUPS = ("model", "data", "train", "eval", "tracking", "hardware")
+_GROUPS = ("model", "data", "lora", "train", "eval", "tracking", "hardware")
 
 
 def _is(*values: Any) -> Callable[[Any], bool]:
@@ -72,6 +74,10 @@ _IDLE: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
     ("hardware.gpus", _LAUNCHER, _is("inline"), f"{_LAUNCHER}=local"),
     ("hardware.workers", _LAUNCHER, _is("inline"), f"{_LAUNCHER}=local"),
     ("hardware.max_attempts", _LAUNCHER, _is("inline"), f"{_LAUNCHER}=local"),
+    *(
+        (f"lora.{name}", "lora.variant", _is(FULL), "lora.variant=lora")
+        for name in ("r", "alpha", "dropout", "targets", "layers", "init", *OF_BASE)
+    ),
 )
 
 
