@@ -337,7 +337,8 @@ def reproducing(overrides: Sequence[str], seed: int) -> str:
 
 def _results(facts: Facts) -> str:
     metrics = facts.result.metrics
-    lines = ["| metric | better | base | with the adapter |", "|---|---|---|---|"]
+    tuned = "fine-tuned" if facts.science.lora.is_full else "with the adapter"
+    lines = [f"| metric | better | base | {tuned} |", "|---|---|---|---|"]
     for name, metric in METRICS.items():
         of_base = metrics.get(name.replace("eval/", "base/", 1))
         if not name.startswith("eval/") or name not in metrics or of_base is None:

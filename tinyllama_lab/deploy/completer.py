@@ -301,7 +301,7 @@ def _fitting(trial: TrialFolder) -> Iterator[None]:
     """Turn the errors of an adapter that does not fit the base into one sentence."""
     try:
         yield
-    except (*_UNFIT, FileNotFoundError, SafetensorError) as error:
+    except (*_UNFIT, OSError, SafetensorError) as error:
         raise StudyError(
             f"{trial.adapter_dir} must hold the adapter that was trained on this base, and it "
             f"does not fit ({' '.join(str(error).split())[:200]}); run the trial's command again"

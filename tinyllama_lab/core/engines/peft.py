@@ -1,4 +1,4 @@
-"""One adapter at a time through PEFT: int8 bases, and architectures that cannot be packed."""
+"""One trial at a time, most through PEFT: what cannot be packed, such as on an int8 base."""
 
 from __future__ import annotations
 

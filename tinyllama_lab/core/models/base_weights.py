@@ -119,14 +119,13 @@ def saved_modules(model: PreTrainedModel, names: Sequence[str]) -> list[str]:
 
     Of an embedding and a head that share their weight, one comes with the other.
     """
-    modules = dict(model.named_modules())
-    found = [module for module in modules if _ends_whole(module, names)]
-    tied = tied_modules(model)
-    return [*found, *(name for name in tied if name not in found)] if {*tied} & {*found} else found
+    found = [name for name, _ in model.named_modules() if _ends_whole(name, names)]
+    tied = tied_modules(model) if found else []
+    return list(dict.fromkeys([*found, *tied])) if {*tied} & {*found} else found
 
 
 def tied_modules(model: PreTrainedModel) -> list[str]:
-    """Return the names of the embedding and the head if they share their weight."""
+    """Return the names of the embedding and the head if they share their weight, else none."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is None or head.weight is not embedding.weight:
         return []

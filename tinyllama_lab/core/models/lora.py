@@ -100,7 +100,7 @@ def peft_config(model: PreTrainedModel, lora: LoraConfig) -> peft.LoraConfig:
 def _keeps_tied(model: PreTrainedModel, lora: LoraConfig) -> bool:
     """Return whether one copy is trained for embedding and head, whose weight is one weight."""
     saved = base_weights.saved_modules(model, lora.modules_to_save)
-    return not {*saved}.isdisjoint(base_weights.tied_modules(model))
+    return bool(saved) and not {*saved}.isdisjoint(base_weights.tied_modules(model))
 
 
 def _short(alpha: float) -> Any:
