@@ -50,6 +50,19 @@ class LoraConfig:
             )
         if self.layers == []:
             yield "lora.layers must name at least one layer, got []; set lora.layers=all"
+        expression = expression_of(self.targets) if isinstance(self.targets, str) else None
+        if expression is not None and self.layers != "all":
+            yield (
+                "lora.layers must be all when lora.targets is an expression, got "
+                f"{self.layers!r}; write the numbers of the layers into the expression"
+            )
+        patterns = {"lora.rank_pattern": self.rank_pattern or (), "lora.targets": [expression]}
+        for name, texts in patterns.items():
+            yield from (problem for text in texts if text and (problem := _unusable(name, text)))
+        yield from self._problems_of_init()
+
+    def _problems_of_init(self) -> Iterator[str]:
+        """Yield what `lora.init` cannot begin with."""
         if self.init == "orthogonal" and any(rank % 2 for rank in self.ranks):
             yield (
                 "lora.r and lora.rank_pattern must be even when lora.init=orthogonal, "
@@ -71,15 +84,6 @@ class LoraConfig:
                 f"lora.init={self.init} needs an adapter that trains A and B alone, got "
                 f"{self.of_base}; set lora.init=default"
             )
-        expression = expression_of(self.targets) if isinstance(self.targets, str) else None
-        if expression is not None and self.layers != "all":
-            yield (
-                "lora.layers must be all when lora.targets is an expression, got "
-                f"{self.layers!r}; write the numbers of the layers into the expression"
-            )
-        patterns = {"lora.rank_pattern": self.rank_pattern or (), "lora.targets": [expression]}
-        for name, texts in patterns.items():
-            yield from (problem for text in texts if text and (problem := _unusable(name, text)))
 
     def problems_with(self, quant: str, precision: str) -> Iterator[str]:
         """Yield why such adapters cannot be trained on such a base.

@@ -26,8 +26,8 @@ from tinyllama_lab.core.engines.generate import ROWS, generate
 from tinyllama_lab.core.engines.packed.dropout import noise
 from tinyllama_lab.core.engines.sampling import TokenSampling
 from tinyllama_lab.core.models import lora
-from tinyllama_lab.core.models.eva import InputDirections
 from tinyllama_lab.core.models.base_weights import BaseCopies
+from tinyllama_lab.core.models.eva import InputDirections
 from tinyllama_lab.core.models.heads import has_plain_head
 from tinyllama_lab.core.models.loading import Base
 from tinyllama_lab.core.models.quiet import no_bias_warning
@@ -40,7 +40,7 @@ class PeftAdapter:
     def __init__(self, adapted: peft.PeftModel) -> None:
         self.adapted = adapted
         # PEFT trains biases in place; other trials need those of the base
-        self._biases = BaseCopies(adapted, lora.trained_biases(adapted))
+        self._biases = BaseCopies(adapted, _trained_biases(adapted))
         self._trainable = lora.trainable(adapted)
 
     @property
@@ -104,6 +104,15 @@ class PeftAdapter:
 def _saved_name(name: str) -> str:
     """Return the name under which PEFT saves a parameter."""
     return name.replace(".modules_to_save.default", "").replace(".default", "")
+
+
+def _trained_biases(adapted: peft.PeftModel) -> list[nn.Parameter]:
+    """Return the biases of the base that are trained where they are, not in a copy."""
+    return [
+        parameter
+        for name, parameter in lora.trainable(adapted).items()
+        if "lora_" not in name and ".modules_to_save." not in name
+    ]
 
 
 Alone = PeftAdapter | FullModel  # what trains one at a time

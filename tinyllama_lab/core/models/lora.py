@@ -377,15 +377,6 @@ def trainable(adapted: peft.PeftModel) -> dict[str, nn.Parameter]:
     return {name: p for name, p in adapted.named_parameters() if p.requires_grad}
 
 
-def trained_biases(adapted: peft.PeftModel) -> list[nn.Parameter]:
-    """Return the biases of the base that are trained where they are, not in a copy."""
-    return [
-        parameter
-        for name, parameter in trainable(adapted).items()
-        if "lora_" not in name and ".modules_to_save." not in name
-    ]
-
-
 def trains_faster(name: str, parameter: nn.Parameter) -> bool:
     """Return whether LoRA+ trains a parameter faster, as PEFT's optimizer does: B, magnitudes."""
     return "lora_B" in name or parameter.ndim == 1
