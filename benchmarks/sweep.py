@@ -35,7 +35,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--show", type=Path, help="print the Markdown tables of a file of --json")
     made.add_argument("--quick", action="store_true", help="one small repeat: does it work?")
     made.add_argument("--data", help="a file of rows (default: the travel set)")
-    made.add_argument("--model", help="as model= of a sweep (default: smollm2, tinyllama on CUDA)")
+    made.add_argument(
+        "--model", help="as model= of a sweep, or a folder (default: smollm2, tinyllama on CUDA)"
+    )
     made.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     made.add_argument("--only", default=",".join(STAGES), help="some of: %(default)s")
     made.add_argument("--arms", default=",".join(ARMS), help="some of: %(default)s")
@@ -75,6 +77,8 @@ def options(arguments: argparse.Namespace) -> Options:
     path = None
     if model == "tinyllama" and not hub.has_tinyllama():
         model, path = "local", str(cache_dir() / RANDOM_TINYLLAMA)
+    elif Path(model).is_dir():
+        model, path = "local", str(Path(model).resolve())
     rows, eval_rows = SIZES[arguments.quick]
     setup = Setup(
         model=model,
@@ -98,7 +102,7 @@ def options(arguments: argparse.Namespace) -> Options:
 
 def run(asked: Options, target: Path, console: Console) -> dict[str, Any]:
     """Measure everything, writing the results after every repeat of a stage."""
-    if asked.setup.model_path:
+    if _is_random_tinyllama(asked.setup):
         console.print("TinyLlama's weights are not in the local cache: random weights are used")
     with tempfile.TemporaryDirectory(prefix="benchmarks-") as folder:
         measurements = Measurements(asked, Path(folder), console.print)
@@ -129,16 +133,22 @@ def _repeat(stage: Stage, repeat: int, measurements: Measurements) -> list[Recor
     return [measurements.run(stage, arm, repeat) for arm in arms]
 
 
+def _is_random_tinyllama(setup: Setup) -> bool:
+    return setup.model_path == str(cache_dir() / RANDOM_TINYLLAMA)
+
+
 def _start(asked: Options, measurements: Measurements) -> dict[str, Any]:
     prepared = measurements.prepared(asked.setup)
     shared = asdict(asked.setup) | {"data": prepared.model["data"]}
     if asked.setup.data:
         shared["data"] = Path(asked.setup.data).name
     if asked.setup.model_path:
-        shared |= {"model": "TinyLlama-1.1B", "model_path": None}
+        is_random = _is_random_tinyllama(asked.setup)
+        name = "TinyLlama-1.1B" if is_random else Path(asked.setup.model_path).name
+        shared |= {"model": name, "model_path": None}
     run_settings = {
         **shared,
-        "random_weights": asked.setup.model in ("local", "tiny_random"),
+        "random_weights": asked.setup.model == "tiny_random" or _is_random_tinyllama(asked.setup),
         "tokens": {k: v for k, v in prepared.model.items() if k.startswith(("train_", "eval_"))},
         "batch_size": asked.batch_size,
         "quick": asked.quick,
