@@ -25,6 +25,7 @@ from tinyllama_lab.study.evaluations import read_whole
 from tinyllama_lab.study.events import EventLog
 from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.study.trial import Evaluation, Result, State, TrialFolder, base_config, cell_key
+from tinyllama_lab.sweep.tracking.record import points_of
 from tinyllama_lab.sweep.tracking.tracker import (
     is_mirrored,
     open_tracker,
@@ -243,6 +244,27 @@ def test_the_loss_at_a_rung_is_shown_beside_that_of_its_step(
     tracker.sync(trial)
     metrics = runs_of(workdir, study)["r"].data.metrics
     assert metrics["rung/eval_loss"] == 2.5 and metrics["train/loss"] == 1.0
+
+
+def test_a_held_out_loss_that_is_taken_again_counts_once(study: StudyFolder) -> None:
+    events: list[dict[str, Any]] = [
+        {"kind": kind, "step": step, "time": float(time), "values": {name: float(time)}}
+        for time, (kind, step, name) in enumerate(
+            [
+                *(("metric", 9, "train/loss"), ("metric", 10, "train/loss")),
+                ("heldout", 10, "heldout/loss"),  # then its worker is killed, and resumes at 8
+                *(("metric", 9, "train/loss"), ("metric", 10, "train/loss")),
+                *(("heldout", 10, "heldout/loss"), ("metric", 11, "train/loss")),
+            ]
+        )
+    ]
+    found = [(name, step, value) for name, value, _, step in points_of(events, 0)]
+    assert found == [
+        *(("train/loss", 9, 0.0), ("train/loss", 10, 1.0)),
+        *(("heldout/loss", 10, 2.0), ("train/loss", 11, 6.0)),
+    ]
+    # of a later call, which has sent step 10 before
+    assert [name for name, *_ in points_of(events[2:3], 10)] == ["heldout/loss"]
 
 
 def test_values_that_are_not_finite_do_not_stop_the_others(

@@ -15,7 +15,7 @@ from tests import grid, searches
 from tests.fake_worker import FakeWorkers
 from tinyllama_lab.config import CONF_DIR
 from tinyllama_lab.config import schema as config
-from tinyllama_lab.config.schema import NO_CARD, Config
+from tinyllama_lab.config.schema import NO_CARD, Config, load
 from tinyllama_lab.config.validate import known_keys
 from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.study.study import StudyFolder
@@ -344,6 +344,14 @@ def test_both_ways_out_of_a_refusal_are_taken(typed: list[str]) -> None:
 
 
 # ---- a search ------------------------------------------------------------------------------
+
+
+def test_ranks_of_single_modules_are_refused_beside_full_fine_tuning() -> None:
+    plain = grid.plain(*FULL, "study=s", "lora.rank_pattern={down_proj: 16}")
+    with pytest.raises(
+        ConfigError, match=r"lora\.rank_pattern has no effect with lora\.variant=f"
+    ):
+        load(plain)
 
 
 def refused(root: Path, *typed: str, **settings: Any) -> list[str]:

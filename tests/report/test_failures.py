@@ -53,6 +53,22 @@ def test_no_remedy_proposes_a_setting_that_is_set_already() -> None:
     assert said == "one of these needs less memory: a smaller model=<name>"
 
 
+@pytest.mark.parametrize(
+    ("changes", "ways"),
+    [
+        ({"lora.variant": "full"}, "data.max_length=256, lora=default"),
+        ({"lora.bias": "all"}, "data.max_length=256, lora.r=8, lora.bias=none"),
+        (
+            {"lora.modules_to_save": ["lm_head"]},
+            "data.max_length=256, lora.r=8, lora.modules_to_save=[]",
+        ),
+    ],
+)
+def test_no_remedy_proposes_what_would_be_refused(changes: dict[str, Any], ways: str) -> None:
+    said = remedy(ended(State.OOM, "oom"), SETTINGS | changes)
+    assert said == f"one of these needs less memory: {ways}"
+
+
 def row(folder: Path, rank: int, result: Result) -> TrialRow:
     folder.mkdir(parents=True)
     swept = {"lora.r": rank}

@@ -163,8 +163,10 @@ def test_the_history_has_the_steps_in_order_and_a_repeated_one_once(tmp_path: Pa
     log = EventLog(trial.folder / "events.jsonl")
     log.append("note", text="resumed after step 3")
     log.append("metric", step=4, values={"train/loss": 0.5, "train/lr": 2e-3}, tokens=99)
+    log.append("heldout", step=4, values={"heldout/loss": 2.5}, examples=[2.5])
     history = trial.history()
     assert list(history["step"]) == [1, 2, 3, 4, 5]
+    assert history["heldout/loss"].dropna().to_dict() == {3: 2.5}
     assert list(history["train/loss"] == 0.5) == [False, False, False, True, False]
     assert history["tokens"].max() == 99 and str(history["time"].dt.tz) == "UTC"
     assert lab.load_study("s", tmp_path).base().history().empty

@@ -106,6 +106,20 @@ def test_a_step_that_was_better_than_the_end_is_reported(
         assert "on 32 rows: shorter training, or train.keep=best, may do better" in texts[0]
 
 
+def test_the_last_step_and_a_step_that_was_kept_are_not_compared_with_themselves(
+    tmp_path: Path,
+) -> None:
+    """Their losses are rounded, which by chance makes all of them a little lower."""
+    for keep, step in (("last", STEPS), ("best", 60)):
+        study = study_of(tmp_path / keep, lambda at: np.full(STEPS, 2.0), keep=keep)
+        for trial in study.trials():
+            losses = read_losses(first_evaluation(trial).per_example_file)
+            assert losses is not None
+            examples = (losses.nats / losses.tokens)[:32] - 1e-6
+            EventLog(trial.events_file).append("heldout", step=step, examples=examples.tolist())
+        assert said(study) == []
+
+
 def with_metrics(study: StudyFolder, **metrics: float) -> None:
     for number, trial in enumerate(study.trials()):
         result, _ = trial.read_result()

@@ -115,12 +115,16 @@ def test_a_result_holds_the_seconds_that_earlier_trials_foretold(lab: Lab) -> No
 
 
 def test_every_metric_that_a_worker_logs_is_in_the_registry(lab: Lab) -> None:
-    trial = lab.trial({"eval.generations": 1, "eval.general": True})
+    trial = lab.trial({"eval.generations": 1, "eval.general": True, "train.keep": "best"})
     (found,) = lab.run([trial])
     ranges = re.compile("_(min|max)$")  # of repeated timings
     names = {ranges.sub("", name.replace("base/", "eval/")) for name in found.metrics}
-    steps = {name for event in events(trial, "metric") for name in event["values"]}
-    assert names == set(logged_metrics(trial.read_config(), cuda=False))
+    told = [*events(trial, "metric"), *events(trial, "heldout")]
+    steps = {name for event in told for name in event["values"]}
+    of_checks = {n for n, m in METRICS.items() if m.logged in (Logged.CHECKS, Logged.BEST)}
+    # which a search does not take for goals
+    assert names - of_checks == set(logged_metrics(trial.read_config(), cuda=False))
+    assert of_checks <= names
     assert steps - names == {n for n, metric in METRICS.items() if metric.logged is Logged.STEPS}
 
 

@@ -140,7 +140,7 @@ def test_patience_ends_a_training(lab: Lab, keep: str) -> None:
     assert min(ends) < 12
 
 
-def test_without_a_number_of_steps_there_are_ten_losses(lab: Lab) -> None:
+def test_without_a_number_of_steps_there_are_up_to_ten_losses(lab: Lab) -> None:
     changes = {**BEST, "train.eval_every": None, "train.max_steps": 25}
     trial = lab.trial(changes)
     lab.run([trial])
@@ -197,6 +197,17 @@ def test_a_held_out_loss_that_fails_ends_its_trial_alone(lab: Lab) -> None:
     lab.run(trials, wrap=Broken)
     assert [result(trial).state for trial in trials] == [State.FAILED, State.DONE, State.DONE]
     assert states(trials[0])[-1] == "failed" and curve(trials[0]) == {}
+
+
+def test_the_peak_of_held_out_losses_is_predicted(lab: Lab) -> None:
+    """Many rows are scored together, where a step has a single short one."""
+    few, many = ({**LEARNED, "data.eval_n": n, "train.max_steps": 2} for n in (2, 60))
+    found = []
+    for changes in (few, many):
+        trial = lab.trial({**changes, "train.eval_every": 1})
+        lab.run([trial])
+        found.append(result(trial).metrics["memory/predicted_mib"])
+    assert found[1] > found[0] + 1
 
 
 # ---- the losses alone ------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from tests.llamas import base_of, example, items_of, llama
 from tests.packs import QUIET, Lab, events, never, quickly, result, same_bits, train_all
 from tests.plain_loop import batch_loss, plain_steps
 from tinyllama_lab.config.schema import Science, part
+from tinyllama_lab.core.engines.full import FullModel
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
 from tinyllama_lab.core.engines.peft import PeftEngine
 from tinyllama_lab.core.evaluation.losses import example_losses
@@ -238,3 +241,35 @@ def test_a_stopped_trial_continues_where_it_was(lab: Lab, configure: Any) -> Non
     for name in ("train/loss", "eval/loss", "base/loss"):
         assert found[name] == expected[name]
     assert stopped.weights_file.read_bytes() == whole.weights_file.read_bytes()
+
+
+def test_a_trial_that_ended_leaves_no_copy_of_the_weights(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quickly(monkeypatch)
+    alive: list[int] = []
+    made: list[weakref.ref[Any]] = []
+
+    class Counted(FullModel):
+        def __init__(self, model: PreTrainedModel) -> None:
+            gc.collect()
+            alive.append(sum(each() is not None for each in made))
+            super().__init__(model)
+            made.append(weakref.ref(self))
+
+    monkeypatch.setattr("tinyllama_lab.core.engines.peft.FullModel", Counted)
+    lab.run([lab.trial({**QUIET, **FULL, "train.max_steps": 1, "seed": n}) for n in range(3)])
+    assert alive == [0, 0, 0]
+
+
+def test_a_base_with_settings_that_transformers_does_not_save_is_saved(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quickly(monkeypatch)
+    settings: Any = lab.base.model.generation_config
+    monkeypatch.setattr(settings, "temperature", 0.9)  # as some bases are published
+    monkeypatch.setattr(settings, "do_sample", False)
+    trial = lab.trial({**QUIET, **FULL, "train.max_steps": 1})
+    lab.run([trial])
+    assert result(trial).state is State.DONE
+    assert lab.base.model.generation_config is settings and settings.do_sample is False

@@ -40,6 +40,11 @@ class LoraConfig:
     def problems(self) -> Iterator[str]:
         """Yield the settings that contradict each other."""
         if self.is_full:  # the others mean nothing
+            if self.rank_pattern:
+                yield (
+                    f"lora.rank_pattern has no effect with lora.variant={self.variant}, got "
+                    f"{self.rank_pattern}; leave it out, or set lora.variant=lora"
+                )
             return
         if self.targets == []:
             yield "lora.targets must name at least one module, got []; set lora.targets=attention"

@@ -16,7 +16,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from tinyllama_lab.config.axes import flatten, spelled
+from tinyllama_lab.config.axes import flatten_shown, spelled
 from tinyllama_lab.config.command import setting, sweep_command, unquoted
 from tinyllama_lab.config.schema import ModelConfig, Science, part
 from tinyllama_lab.metrics import HELDOUT_LOSS, METRICS, MINIMIZE, PERPLEXITY
@@ -298,7 +298,7 @@ def _count(counts: Mapping[str, Any], name: str) -> str:
 
 
 def _training(facts: Facts) -> str:
-    settings = flatten(facts.trial.read_config())
+    settings = flatten_shown(facts.trial.read_config())
     rows = [
         f"| `{key}` | {_cell(spelled(value))} |"
         for key, value in settings.items()
@@ -362,10 +362,18 @@ def _results(facts: Facts) -> str:
     return "\n".join([*lines, "", " ".join(notes)])
 
 
+_CHOSEN_STEP = (
+    "- Its step was chosen on the held-out rows (`train.keep=best`), so its results on them look "
+    "a little too good."
+)
+
+
 def _limits(facts: Facts) -> str:
     environment, data = facts.result.environment, facts.science.data
+    chosen = [_CHOSEN_STEP] if "heldout/optimism" in facts.result.metrics else []
     return "\n".join(
         [
+            *chosen,
             f"- One training run, of seed {facts.science.seed}; other seeds give other adapters.",
             f"- Trained and measured on one machine: {environment.get('hardware', 'unknown')}.",
             f"- Scored on rows of `{data.name}` alone: other tasks may have become worse.",

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, GenerationConfig
 
 from tinyllama_lab.config.schema import Science, part
-from tinyllama_lab.core.models.base_weights import load_whole
+from tinyllama_lab.core.models.base_weights import load_whole, savable
 from tinyllama_lab.core.models.loading import TRUSTED_FILES, Base, load_base, model_folder
 from tinyllama_lab.core.models.lora import attach_saved
 from tinyllama_lab.core.models.quiet import no_progress_bar
@@ -89,4 +89,4 @@ def _generation(folder: Path, base: Base) -> GenerationConfig:
         settings = GenerationConfig()
     settings.eos_token_id = sorted(set(base.end_ids))
     settings.pad_token_id = int(base.tokenizer.pad_token_id)
-    return settings
+    return savable(settings)

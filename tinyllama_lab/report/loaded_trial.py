@@ -81,8 +81,9 @@ class Trial:
         """Return a data frame with one row for each logged optimizer step, in order.
 
         Columns are `step`, `time` (UTC), `tokens` (trained on so far), `tokens_per_s`, and the
-        metrics: `train/loss`, `train/grad_norm` and `train/lr`. A step that was repeated after a
-        crash has one row, that of the repetition. The frame of a base is empty.
+        metrics: `train/loss`, `train/grad_norm` and `train/lr`, and `heldout/loss` where it was
+        taken. A step that was repeated after a crash has one row, that of the repetition. The
+        frame of a base is empty.
         """
         import pandas as pd
 
@@ -92,6 +93,8 @@ class Trial:
                 facts = {name: event.get(name) for name in ("tokens", "tokens_per_s")}
                 time = pd.Timestamp(event["time"], unit="s", tz="UTC")
                 steps[event["step"]] = {"time": time, **facts, **event["values"]}
+            elif event["kind"] == "heldout":
+                steps[event["step"]] |= event["values"]
         return pd.DataFrame([{"step": step, **steps[step]} for step in sorted(steps)])
 
     def per_example(self) -> pd.DataFrame:

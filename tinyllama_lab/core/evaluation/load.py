@@ -33,6 +33,15 @@ class ScoringLoad:
     cache_mib: float
 
 
+def losses_load(
+    engine: Engine[Any], work: Sequence[tuple[Any, Sequence[Example]]], max_tokens: int
+) -> ScoringLoad:
+    """Return what the losses of adapters and their rows have in memory."""
+    items = [WorkItem(adapter, row) for adapter, rows in work for row in rows]
+    batches = engine.micro_batches(items, max_tokens)
+    return ScoringLoad([[item.example for item in batch] for batch in batches], 0.0)
+
+
 def scoring_load(
     base: Base, engine: Engine[Any], scored: Sequence[Scored], max_tokens: int, least: bool = False
 ) -> ScoringLoad:

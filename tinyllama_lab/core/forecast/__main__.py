@@ -33,7 +33,9 @@ def main() -> int:
             # of PyTorch alone: a fault of another package must not hide what PyTorch can do
             from tinyllama_lab.core.probe import probe
 
+            probing = time.monotonic()
             print(json.dumps(probe()), file=answers, flush=True)
+            begin += time.monotonic() - probing  # which a worker does not do
         import_modules("training.stream", "evaluation.bases", "forecast.answer")
         seconds = time.monotonic() - begin
         if text := sys.stdin.read():  # else the driver has refused the command

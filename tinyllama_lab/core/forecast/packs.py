@@ -20,7 +20,7 @@ from tinyllama_lab.core.engines.base import Engine, WorkItem
 from tinyllama_lab.core.engines.generate import head_size
 from tinyllama_lab.core.engines.packed.engine import CACHE_SHARE, PackedEngine
 from tinyllama_lab.core.engines.peft import PeftEngine
-from tinyllama_lab.core.evaluation.load import Scored, scoring_load
+from tinyllama_lab.core.evaluation.load import Scored, losses_load, scoring_load
 from tinyllama_lab.core.forecast.adapter_size import adapter_size
 from tinyllama_lab.core.forecast.machine import Machine
 from tinyllama_lab.core.forecast.rows import ROUNDS, Rows
@@ -33,6 +33,7 @@ from tinyllama_lab.core.training.best_step import mib_with_best
 from tinyllama_lab.core.training.memory import Planner
 from tinyllama_lab.core.training.micro_batch import MicroBatchSize
 from tinyllama_lab.metrics import MIB
+from tinyllama_lab.study.evaluations import checks_every
 
 
 @dataclass(frozen=True)
@@ -210,6 +211,10 @@ class Forecaster:
             shapes = len({tokens for step in laid_out for tokens in step})
             planner.pass_over(round((steps - ROUNDS) / ROUNDS * shapes))
             planner.predict(sizes, max(laid_out, key=max))
+        if any(checks_every(vars(each.science.train), steps) for each in trials):
+            work = [(object(), each.rows.heldout) for each in trials[:together]]
+            load = losses_load(engine, work, 2 * context.micro_batch_tokens)
+            planner.predict_checks(sizes, load)
         return PackForecast(
             [need.most <= self.room_mib for need in needs],
             together,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from tinyllama_lab.config.lora import LoraConfig
 from tinyllama_lab.config.targets import missing_names
@@ -66,8 +67,26 @@ def train_whole(model: PreTrainedModel) -> BaseCopies:
 
 def save_whole(model: PreTrainedModel, folder: Path) -> None:
     """Write the folder that `AutoModelForCausalLM.from_pretrained` loads."""
-    with no_progress_bar():
-        model.save_pretrained(folder, max_shard_size="1TB")  # in one file
+    own = model.generation_config
+    model.generation_config = savable(own) if own is not None else None
+    try:
+        with no_progress_bar():
+            model.save_pretrained(folder, max_shard_size="1TB")  # in one file
+    finally:
+        model.generation_config = own
+
+
+def savable(settings: GenerationConfig) -> GenerationConfig:
+    """Return settings of generation that transformers saves.
+
+    It refuses temperatures beside `do_sample=False`, with which some bases are published.
+    """
+    settings = copy.deepcopy(settings)
+    try:
+        settings.validate(strict=True)
+    except ValueError:
+        settings.do_sample = True
+    return settings
 
 
 @torch.no_grad()

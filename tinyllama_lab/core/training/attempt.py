@@ -22,6 +22,7 @@ from tinyllama_lab.core.evaluation import latency
 from tinyllama_lab.core.evaluation.run import Subject, write_eval_table
 from tinyllama_lab.core.out_of_memory import is_out_of_memory
 from tinyllama_lab.core.training.adapter_trainer import AdapterTrainer
+from tinyllama_lab.core.training.step_schedule import first_epoch
 from tinyllama_lab.errors import (
     BaseError,
     BaseMemoryError,
@@ -136,6 +137,14 @@ class Attempt:
     def longest_example(self) -> Example:
         """Return the training example with the most tokens."""
         return max(self.prepared.train, key=lambda example: len(example.ids))
+
+    @property
+    def rows_to_read(self) -> list[Example]:
+        """Return the rows of the first epoch in training order, if first values depend on them."""
+        science, examples = self.science, self.prepared.train
+        if not science.lora.reads_rows:
+            return []
+        return [examples[row] for row in first_epoch(len(examples), science.train, science.seed)]
 
     def subject(self, adapter: Adapter) -> Subject:
         """Return what the evaluation scores: the adapter, its data and its settings."""

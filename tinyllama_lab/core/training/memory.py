@@ -84,6 +84,7 @@ class Planner:
 
     def measure(self, adapter: Adapter, example: Example) -> None:
         """Measure the activations per token that one example keeps for backward; train nothing."""
+        self._predicted_mib = 0.0  # earlier adapters have left
         parameters = [*self._context.base.model.parameters(), *adapter.parameters]
         if self._engine.grows_evenly:
             # kept activations may take more memory here than training with checkpointing will
@@ -227,6 +228,11 @@ class Planner:
         passes = PASS_BLOCKS * block + self._scores_mib(tokens, tokens) + self._logits_mib(tokens)
         held = self._baseline_mib + adapter_mib + self._libraries_mib([adapter_mib])
         return held + kept + passes
+
+    def predict_checks(self, adapters: Sequence[float], load: ScoringLoad) -> None:
+        """Count the peak of held-out losses that are taken in training."""
+        moments = 8 / self._engine.parameter_bytes * sum(adapters)
+        self._predicted_mib = max(self._predicted_mib, self.scoring_mib(adapters, load) + moments)
 
     def scoring_mib(self, adapters: Sequence[float], load: ScoringLoad) -> float:
         """Return the peak of scoring adapters; `adapters` are MiB of each in training."""

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from tinyllama_lab.core.context import WorkerContext, raise_if_fatal
-from tinyllama_lab.core.dataset.example import Example
 from tinyllama_lab.core.engines.base import Adapter, Engine
 from tinyllama_lab.core.evaluation.bases import Bases
+from tinyllama_lab.core.evaluation.load import losses_load
 from tinyllama_lab.core.evaluation.losses import heldout_losses
 from tinyllama_lab.core.training.adapter_trainer import AdapterTrainer
 from tinyllama_lab.core.training.attempt import Attempt
@@ -23,7 +23,6 @@ from tinyllama_lab.core.training.loop import Round, StepError, train_round
 from tinyllama_lab.core.training.memory import Planner
 from tinyllama_lab.core.training.micro_batch import MicroBatchSize
 from tinyllama_lab.core.training.rungs import Rungs, await_pruning, score_due
-from tinyllama_lab.core.training.step_schedule import first_epoch
 from tinyllama_lab.errors import StoppedError
 
 SAVING_SHARE = 0.03  # of the time that goes by between two checkpoints
@@ -80,21 +79,18 @@ class Pool:
                     self._round()
                 # scoring is shared, so it waits for more adapters unless they keep trials waiting
                 if self._trained and (not self._training or self._is_crowded()):
-                    trained = dict(self._trained)
-                    beside_mib = sum(member.adapter_mib for member in self._training)
-                    finish(
-                        self._context,
-                        self._engine,
-                        self._bases,
-                        trained,
-                        self._planner,
-                        beside_mib,
-                    )
-                    self._trained.clear()
+                    self._finish()
                 self._waiting.extend(arriving())
         except StoppedError:
             self._stop()
             raise
+
+    def _finish(self) -> None:
+        """Score and commit the trained adapters; afterwards nothing holds one any more."""
+        beside_mib = sum(member.adapter_mib for member in self._training)
+        trained = dict(self._trained)
+        finish(self._context, self._engine, self._bases, trained, self._planner, beside_mib)
+        self._trained.clear()
 
     def _stop(self) -> None:
         """Save every adapter in training and log that the trials were stopped."""
@@ -183,10 +179,10 @@ class Pool:
         if self._context.stream is not None and self._engine.max_concurrent is None:
             sizes += [max(sizes)] * (self._context.stream.max_concurrent - len(sizes))
         self._planner.note_dropout(science.lora)
-        adapter = self._engine.add(science.lora, science.seed, _rows_to_read(attempt))
+        adapter = self._engine.add(science.lora, science.seed, attempt.rows_to_read)
         try:
-            # once, with the first adapter: the memory of others is computed from their sizes
-            if not self._planner.is_ready:
+            # once, with the first adapter: the memory of others in its pack is computed from sizes
+            if not self._planner.is_ready or self._engine.max_concurrent == 1:
                 self._planner.measure(adapter, attempt.longest_example)
                 longest = max(each.longest_tokens for each in candidates)
                 fixed = science.train.deterministic
@@ -283,6 +279,8 @@ class Pool:
         sciences = [member.attempt.science for member in members]
         rows = [self._context.data.prepare(s.data, s.seed).heldout for s in sciences]
         work = [(m.trainer.adapter, of_one) for m, of_one in zip(members, rows, strict=True)]
+        load = losses_load(self._engine, work, 2 * self._context.micro_batch_tokens)
+        self._planner.predict_checks([m.adapter_mib for m in self._training], load)
         first = members[0].attempt.trial
         all_losses = heldout_losses(self._context, self._engine, work, first)
         for member, losses in zip(members, all_losses, strict=True):
@@ -386,12 +384,3 @@ class Pool:
             attempt.seconds += member.trainer.progress.seconds
             self._leave(member)
         attempt.fail(error)
-
-
-def _rows_to_read(attempt: Attempt) -> list[Example]:
-    """Return the rows of the first epoch in training order, if first values depend on them."""
-    science, examples = attempt.science, attempt.prepared.train
-    if not science.lora.reads_rows:
-        return []
-    order = first_epoch(len(examples), science.train, science.seed)
-    return [examples[row] for row in order]

@@ -94,10 +94,12 @@ def _better_before(trials: Sequence[Scored]) -> Iterator[str]:
         trials: of one setting, a seed each; only steps at which all of them were scored count.
     """
     first = trials[0]
-    if not first.measure.is_per_token:
+    if not first.measure.is_per_token or first.settings.get("train.keep") == "best":
         return
     rungs = [_rungs(trial) for trial in trials]
-    steps = set.intersection(*map(set, rungs))
+    last = min(max(step_losses(trial.row.trial), default=0) for trial in trials)
+    # the last step is the end itself
+    steps = {step for step in set.intersection(*map(set, rungs)) if step < last}
     for step in sorted(
         steps, key=lambda step: float(np.mean([trial_rungs[step].mean() for trial_rungs in rungs]))
     ):

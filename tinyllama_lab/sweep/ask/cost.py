@@ -20,10 +20,12 @@ from tinyllama_lab.data.splits.splits import Split
 from tinyllama_lab.report.analysis.comparison import Comparison, Scored
 from tinyllama_lab.report.analysis.earlier import studies_below
 from tinyllama_lab.report.text import counted
+from tinyllama_lab.study.evaluations import checks_every
+from tinyllama_lab.study.events import read_events
 from tinyllama_lab.study.machine import cpu_name, gpu_name
 from tinyllama_lab.study.pack import Pace
 from tinyllama_lab.study.trial import EVAL
-from tinyllama_lab.sweep.plan import PASSES_TO_TRAIN, Plan, Planned, checks_of, evaluation_work
+from tinyllama_lab.sweep.plan import PASSES_TO_TRAIN, Plan, Planned, evaluation_work
 
 CHARACTERS_A_TOKEN = 4  # of English text
 TEMPLATE_TOKENS = 20  # of a row: the marks that a chat template puts around the turns
@@ -170,9 +172,11 @@ def _scorings(trials: Sequence[Scored]) -> Iterator[float]:
 
 def _checks(trial: Scored) -> int:
     """Return how often a trial took its held-out loss while it trained."""
-    train: dict[str, Any] = trial.row.trial.read_config()["train"]
-    data = trial.row.result.data if trial.row.result else {}
-    return checks_of(train, float(data.get("train_rows") or 0))
+    names = ("eval_every", "keep", "patience")
+    train = {name: trial.settings.get(f"train.{name}") for name in names}
+    if checks_every(train, 1) is None:
+        return 0
+    return sum(e["kind"] == "heldout" for e in read_events(trial.row.trial.events_file))
 
 
 def _first_scoring(trial: Scored) -> dict[str, Any]:

@@ -245,14 +245,16 @@ def points_of(events: list[Event], after_step: int) -> list[Point]:
     that resumed from a checkpoint repeats some steps; only the first time counts.
     """
     points: list[Point] = []
+    after_check = after_step - 1  # a check comes after its step, which may have been sent before
     for event in events:
         step = int(event.get("step") or 0)
         # a resumed trial repeats the steps since its checkpoint
         if event["kind"] == "metric" and step > after_step:
             points += points_at(int(event["time"] * 1000), step, event.get("values") or {})
             after_step = step
-        elif event["kind"] == "heldout" and step >= after_step:  # it comes after its step
+        elif event["kind"] == "heldout" and step > after_check:
             points += points_at(int(event["time"] * 1000), step, event.get("values") or {})
+            after_check = step
         elif event["kind"] == "rung":  # a worker writes each rung only once, even after a restart
             points += points_at(int(event["time"] * 1000), step, event.get("values") or {})
     return points
