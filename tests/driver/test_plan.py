@@ -354,6 +354,25 @@ def test_the_work_of_a_trial_grows_with_its_settings(tmp_path: Path) -> None:
     assert all(p.work > p.evaluation_work > 0 for p in grid.plan(tmp_path, *GRID).trials)
 
 
+@pytest.mark.parametrize(
+    ("typed", "checks"),
+    [
+        ((), 0),
+        (("train.keep=best",), 9),  # of 25 steps, after every third and the last
+        (("train.patience=2", "train.eval_every=10"), 3),
+        (("train.eval_every=100",), 1),
+    ],
+)
+def test_held_out_losses_in_training_are_part_of_the_work(
+    typed: tuple[str, ...], checks: int, tmp_path: Path
+) -> None:
+    (plain,) = grid.plan(tmp_path, "train.max_steps=25").trials
+    (trial,) = grid.plan(tmp_path, "train.max_steps=25", *typed).trials
+    assert trial.work - plain.work == checks * 8  # held-out rows
+    more = trial.evaluation_work_with(50) - trial.evaluation_work
+    assert more == (1 + checks) * (50 - 8)
+
+
 # ---- what is checked before anything is planned --------------------------------------------
 
 

@@ -87,10 +87,14 @@ class Planned:
     @property
     def evaluation_work(self) -> float:
         """The part of `work` that is no training, in forward passes of one row."""
+        return self.evaluation_work_with(self.config["data"]["eval_n"])
+
+    def evaluation_work_with(self, heldout_rows: int) -> float:
+        """Return it with this number of held-out rows."""
         data, train = self.config["data"], self.config["train"]
         rows = GUESSED_ROWS if data["n"] == ALL else data["n"]
-        checks: int = 0 if self.is_trained else data["eval_n"] * checks_of(train, rows)
-        return evaluation_work(self.config["eval"], data["eval_n"]) + checks
+        checks = 0 if self.is_trained else checks_of(train, rows)
+        return evaluation_work(self.config["eval"], heldout_rows) + checks * heldout_rows
 
 
 def rows_seen(train: Mapping[str, Any], rows: float) -> float:

@@ -62,9 +62,8 @@ class GridCost:
         return self.budget / self.candidates * passes / PASSES_TO_TRAIN
 
     def _one(self, planned: Planned, heldout_rows: int) -> float:
-        set_rows: int = planned.config["data"]["eval_n"]
-        # `evaluation_work` counts the rows that are set, not those that are proposed
-        evaluation = planned.evaluation_work - set_rows + heldout_rows
+        # the rows that are proposed, not those that are set
+        evaluation = planned.evaluation_work_with(heldout_rows)
         return self.budget * self._training(planned) + evaluation
 
     def _training(self, planned: Planned) -> float:
