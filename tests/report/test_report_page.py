@@ -288,6 +288,20 @@ def test_curves_are_thinned_and_a_repeated_step_counts_once(tmp_path: Path) -> N
     assert curve.losses[-1] is None
 
 
+def test_held_out_losses_are_rings_beside_the_training_loss(tmp_path: Path) -> None:
+    study = studies.simulated_study(tmp_path, {"lora.r": [4, 8]}, seeds=[0], steps=20)
+    rings = "Rings are losses on held-out rows"
+    assert rings not in page.write_report(study, Analysis(read_study(study))).read_text()
+    (trial, _) = study.trials()
+    for step, loss in ((10, 2.5), (20, math.nan), (10, 2.25)):  # one was taken again
+        EventLog(trial.events_file).append("heldout", step=step, values={"heldout/loss": loss})
+    rows = read_study(study)
+    found = {curve.row.trial.name: curve.heldout for curve in read_curves(rows.trials).drawn}
+    assert sorted(found.values(), key=len) == [{}, {10: 2.25}] and found[trial.name]
+    text = page.write_report(study, Analysis(rows)).read_text()
+    assert rings in text and "held out after step" in text
+
+
 def test_a_curve_is_a_running_mean_and_keeps_its_length(tmp_path: Path) -> None:
     study = studies.simulated_study(tmp_path, {"lora.r": [4]}, seeds=[0], steps=0)
     (trial,) = study.trials()

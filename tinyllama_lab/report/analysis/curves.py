@@ -1,9 +1,9 @@
-"""Training losses by step, for as many trials as a chart can show."""
+"""Losses by step, for as many trials as a chart can show."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -28,6 +28,7 @@ class LearningCurve:
     label: str
     steps: list[int]
     losses: list[float | None]  # smoothed; None where the loss was NaN or infinite
+    heldout: dict[int, float]  # losses on held-out rows while it trained, by step
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,16 @@ class Curves:
 
     drawn: list[LearningCurve]
     left_out: list[str]
+
+    @property
+    def has_heldout(self) -> bool:
+        """Whether a trial took held-out losses while it trained."""
+        return any(curve.heldout for curve in self.drawn)
+
+    @property
+    def axis(self) -> str:
+        """The title of the axis of losses."""
+        return f"{'' if self.has_heldout else 'training '}loss (nats per token)"
 
 
 def read_curves(rows: Sequence[TrialRow]) -> Curves:
@@ -60,11 +71,15 @@ def held_out_loss(row: TrialRow) -> float:
 
 def step_losses(trial: TrialFolder) -> dict[int, float]:
     """Return the training loss of every step that has a finite one, by step."""
-    return {step: loss for step, loss in _points(trial).items() if loss is not None}
+    return _finite(_points(trial, "metric", "train/loss"))
 
 
-def _points(trial: TrialFolder) -> dict[int, float | None]:
-    """Read the losses by step; a step repeated after a crash counts once. Empty without events."""
+def _finite(points: Mapping[int, float | None]) -> dict[int, float]:
+    return {step: loss for step, loss in points.items() if loss is not None}
+
+
+def _points(trial: TrialFolder, kind: str, name: str) -> dict[int, float | None]:
+    """Read a loss by step; a step repeated after a crash counts once. Empty without events."""
     points: dict[int, float | None] = {}
     try:
         events = read_events(trial.events_file)
@@ -72,25 +87,25 @@ def _points(trial: TrialFolder) -> dict[int, float | None]:
         return points
     for event in events:
         values = event.get("values")
-        if event.get("kind") != "metric" or not isinstance(values, dict):
+        if event.get("kind") != kind or not isinstance(values, dict):
             continue
-        loss, step = values.get("train/loss"), event.get("step")
+        loss, step = values.get(name), event.get("step")
         if isinstance(loss, int | float) and isinstance(step, int):
             points[step] = float(loss) if math.isfinite(loss) else None
     return points
 
 
 def _read(row: TrialRow) -> LearningCurve | None:
-    points = _points(row.trial)
+    points = _points(row.trial, "metric", "train/loss")
     if not points:
         return None
+    heldout = _finite(_points(row.trial, "heldout", "heldout/loss"))
     steps = sorted(points)
     losses = [points[step] for step in steps]
     # evenly spaced, with the first and the last step among them
     at = np.unique(np.linspace(0, len(steps) - 1, MOST_POINTS).round().astype(int))
-    return LearningCurve(
-        row, label_of(row), [steps[n] for n in at], [_running_mean(losses, n) for n in at]
-    )
+    smoothed = [_running_mean(losses, n) for n in at]
+    return LearningCurve(row, label_of(row), [steps[n] for n in at], smoothed, heldout)
 
 
 def _running_mean(losses: Sequence[float | None], number: int) -> float | None:

@@ -61,6 +61,8 @@ def learning_curves(curves: Curves, key: str | None) -> Drawing | None:
             )
         )
         begun.add(name)
+        if curve.heldout:
+            traces.append(_heldout_points(curve, label(name), colour))
     best = min(curves.drawn, key=lambda each: held_out_loss(each.row))
     finding = f"Training loss of {len(curves.drawn)} trials by step."
     known = [loss for loss in best.losses if loss is not None]
@@ -71,9 +73,23 @@ def learning_curves(curves: Curves, key: str | None) -> Drawing | None:
         )
     axes = {
         "xaxis": {"title": {"text": "optimizer step"}},
-        "yaxis": {"title": {"text": "training loss (nats per token)"}},
+        "yaxis": {"title": {"text": curves.axis}},
     }
     return drawing("curves", traces, finding, **axes)
+
+
+def _heldout_points(curve: LearningCurve, group: str, colour: str) -> go.Scatter:
+    """Return rings at the held-out losses of a trial, which come and go with its line."""
+    return go.Scatter(
+        x=list(curve.heldout),
+        y=list(curve.heldout.values()),
+        legendgroup=group,
+        showlegend=False,
+        mode="markers",
+        marker={"color": colour, "symbol": "circle-open", "size": 7},
+        text=[label(curve.label)] * len(curve.heldout),
+        hovertemplate="%{text}<br>held out after step %{x}: %{y:.4f}<extra></extra>",
+    )
 
 
 def parallel(comparison: Comparison) -> Drawing | None:

@@ -206,7 +206,9 @@ def learning_curves(curves: Curves, key: str | None) -> Figure | None:
             label=None if name in begun else _text(name),
         )
         begun.add(name)
-    axes.set(xlabel="optimizer step", ylabel="training loss (nats per token)")
+        heldout = list(curve.heldout.values())
+        axes.plot(list(curve.heldout), heldout, "o", color=colour, ms=4, mfc="none")
+    axes.set(xlabel="optimizer step", ylabel=curves.axis)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _legend_above(figure, axes)
     return figure
