@@ -1,7 +1,7 @@
 """Makes a small model with random weights, to measure the speed of an architecture.
 
-python -m benchmarks.random_model qwen3 /tmp/qwen3
-python -m benchmarks.sweep --model /tmp/qwen3 --json out.json
+python -m benchmarks.random_model qwen3 sweeps/qwen3
+python -m benchmarks.sweep --model sweeps/qwen3 --json out.json
 
 Its sizes are those of SmolLM2-135M, so that architectures compare with each other.
 """

@@ -69,7 +69,7 @@ def flatten_shown(settings: dict[str, Any]) -> dict[str, Any]:
     Settings of an adapter are left out where a trial has none.
     """
     flat = flatten(settings)
-    if _is_full(flat):
+    if is_full(flat):
         flat = {key: value for key, value in flat.items() if _has_setting(flat, key)}
     for group in ("model", "data"):
         if f"{group}.name" in flat:
@@ -97,7 +97,7 @@ def swept_keys(configs: Iterable[dict[str, Any]]) -> list[str]:
             determined = {n for n in members if _is_determined(n, [leader], flats)}
             differ = [n for n in differ if n not in determined]
     # an alpha of 2 r (`lora.alpha=null`) follows from the rank
-    adapters = [flat for flat in flats if not _is_full(flat)]
+    adapters = [flat for flat in flats if not is_full(flat)]
     if all(flat.get("lora.alpha") == 2 * flat.get("lora.r", 0) for flat in adapters):
         differ = [n for n in differ if n != "lora.alpha"]
     # digests and versions are shown only if nothing else differs
@@ -107,13 +107,19 @@ def swept_keys(configs: Iterable[dict[str, Any]]) -> list[str]:
     return sorted(of_groups, key=lambda name: _SHOWN_FIRST.index(name.partition(".")[0]))
 
 
-def _is_full(flat: Mapping[str, Any]) -> bool:
+def is_full(flat: Mapping[str, Any]) -> bool:
     """Return whether a trial trains all weights of the base, and no adapter."""
     return flat.get(_VARIANT) == FULL
 
 
+def trains_base(flat: Mapping[str, Any]) -> bool:
+    """Return whether a trial trains weights of the base; earlier trials lack these settings."""
+    has_bias = flat.get("lora.bias", "none") != "none"
+    return is_full(flat) or has_bias or bool(flat.get("lora.modules_to_save"))
+
+
 def _has_setting(flat: Mapping[str, Any], name: str) -> bool:
-    return name == _VARIANT or not (name.startswith("lora.") and _is_full(flat))
+    return name == _VARIANT or not (name.startswith("lora.") and is_full(flat))
 
 
 def comparability_notes(swept: Sequence[str]) -> list[str]:
@@ -244,7 +250,7 @@ def file_word(text: str) -> str:
 def _label_settings(settings: dict[str, Any], swept: Sequence[str]) -> dict[str, Any]:
     """Return the settings that a trial's label shows."""
     flat = flatten_shown(settings)
-    names = list(swept) or ["model.name", _VARIANT if _is_full(flat) else "lora.r", "data.n"]
+    names = list(swept) or ["model.name", _VARIANT if is_full(flat) else "lora.r", "data.n"]
     return {name: flat[name] for name in names if name in flat}
 
 

@@ -8,8 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tinyllama_lab.config.axes import words
-from tinyllama_lab.config.variants import FULL
+from tinyllama_lab.config.axes import is_full, show, trains_base, words
 from tinyllama_lab.report.analysis.trial_rows import TrialRow
 from tinyllama_lab.report.text import one_line
 from tinyllama_lab.study.trial import Result, State, TrialFolder
@@ -80,17 +79,16 @@ def remedy(result: Result, settings: Mapping[str, Any]) -> str:
 def _needs_less_memory(settings: Mapping[str, Any]) -> str:
     """Suggest settings that reduce the memory of a trial, at values below its own."""
     tokens, rank = settings["data.max_length"], settings["lora.r"]
-    is_full = settings.get("lora.variant") == FULL
-    bias, modules = settings.get("lora.bias", "none"), settings.get("lora.modules_to_save")
-    trains_base = is_full or bias != "none" or modules
+    plain = {"lora.bias": "none", "lora.modules_to_save": []}  # trains nothing of the base
     ways = [
         f"data.max_length={tokens // 2}" if tokens > _LEAST_TOKENS else "",
-        f"lora.r={rank // 2}" if rank > _LEAST_RANK and not is_full else "",
-        "quant=nf4" if settings["quant.kind"] == "none" and not trains_base else "",
-        "lora=default" if is_full else "",
-        "lora.bias=none" if bias != "none" and not is_full else "",
-        "lora.modules_to_save=[]" if modules and not is_full else "",
+        f"lora.r={rank // 2}" if rank > _LEAST_RANK and not is_full(settings) else "",
+        "quant=nf4" if settings["quant.kind"] == "none" and not trains_base(settings) else "",
     ]
+    if is_full(settings):
+        ways.append("lora=default")
+    else:
+        ways += [f"{k}={show(v)}" for k, v in plain.items() if settings.get(k, v) != v]
     smaller = ", ".join(filter(None, ways)) or "a smaller model=<name>"
     return f"one of these needs less memory: {smaller}"
 

@@ -52,12 +52,11 @@ class BestStep:
 
     def note(self, step: int, losses: Sequence[ExampleLoss], adapter: Adapter) -> None:
         """Take the held-out loss after a step, and the adapter's values if it is the lowest."""
-        loss = mean_loss(losses)
-        is_lowest = self._best is None or loss < self._best.loss  # never true of NaN
+        loss, before = mean_loss(losses), self._best
         self._checks.append(Check(step, loss, [each.loss for each in losses]))
         self._tokens = [each.tokens for each in losses]
         self._clusters = [each.cluster for each in losses]
-        if self._settings.keep == "best" and is_lowest and self._best is not None:
+        if self._settings.keep == "best" and self._best is not before:
             self._values = [value.detach().to("cpu", copy=True) for value in adapter.parameters]
         self._log.append(
             "heldout",
@@ -83,8 +82,10 @@ class BestStep:
     @property
     def is_over(self) -> bool:
         """Return whether the last `train.patience` losses were not lower than one before them."""
-        patience, best = self._settings.patience, self._best
-        if patience is None or best is None or self._checks[-1].step >= self._steps:
+        patience = self._settings.patience
+        if patience is None or (best := self._best) is None:
+            return False
+        if self._checks[-1].step >= self._steps:
             return False
         return sum(check.step > best.step for check in self._checks) >= patience
 

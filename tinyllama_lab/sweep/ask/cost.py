@@ -11,10 +11,9 @@ from dataclasses import dataclass, field, replace
 from statistics import fmean, median
 from typing import Any
 
-from tinyllama_lab.config.axes import flatten
+from tinyllama_lab.config.axes import flatten, is_full, trains_base
 from tinyllama_lab.config.schema import ALL, Config, DataConfig, Science, part
 from tinyllama_lab.config.targets import step_share
-from tinyllama_lab.config.variants import FULL
 from tinyllama_lab.data.rows import RawRow
 from tinyllama_lab.data.splits.splits import Split
 from tinyllama_lab.report.analysis.comparison import Comparison, Scored
@@ -98,7 +97,7 @@ def known_costs(
         rate * step_share(t.settings["lora.targets"]) / share
         for t in same_machine
         if t.settings.get("lora.layers", ALL) == config.lora.layers
-        if (t.settings.get("lora.variant") == FULL) == config.lora.is_full
+        if is_full(t.settings) == config.lora.is_full
         if (rate := t.metric("perf/train_tokens_per_s"))
     ]
     peaks = [peak for t in same_machine if (peak := t.metric("memory/train_peak_mib"))]
@@ -234,19 +233,12 @@ def _adapter_sizes(trials: Sequence[Scored]) -> Iterator[tuple[str, float]]:
     for trial in trials:
         size, rank = trial.metric("size/adapter_mib"), trial.settings.get("lora.r")
         has_one_rank = not any(key.startswith("lora.rank_pattern.") for key in trial.settings)
-        if size and rank and has_one_rank and _trains_adapter_alone(trial.settings):
+        if size and rank and has_one_rank and not trains_base(trial.settings):
             # the size of an adapter is proportional to its rank
             lora = {
                 name: trial.settings.get(f"lora.{name}", ALL) for name in ("targets", "layers")
             }
             yield _modules(lora), size / rank
-
-
-def _trains_adapter_alone(settings: Mapping[str, Any]) -> bool:
-    """Return whether a trial leaves all weights of the base as they are."""
-    is_adapter = settings.get("lora.variant") != FULL
-    whole = settings.get("lora.modules_to_save"), settings.get("lora.bias", "none") != "none"
-    return is_adapter and not any(whole)
 
 
 def _modules(lora: Mapping[str, Any]) -> str:
@@ -278,7 +270,7 @@ def cost_lines(
     is_known = all(
         _modules(lora) in known.adapter_mib
         and not lora["rank_pattern"]
-        and _trains_adapter_alone(flatten({"lora": lora}))
+        and not trains_base(flatten({"lora": lora}))
         for lora in adapters
     )
     if is_known:
