@@ -184,3 +184,13 @@ def test_noise_in_a_pack_is_that_of_each_adapter_alone(name: str) -> None:
     torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-5)
     for key, matrix in gradients(adapter).items():
         assert (matrices[key] - matrix).norm() <= 2e-5 * matrix.norm(), key
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_mask_of_many_tokens_is_that_of_each(dtype: torch.dtype) -> None:
+    """They are computed in pieces."""
+    keys = torch.arange(301).mul_(2**55 + 12345)
+    whole = mask(keys, "q_proj", 1536, 0.1, dtype)
+    each = [mask(key[None], "q_proj", 1536, 0.1) for key in keys]
+    assert torch.equal(whole, torch.cat(each).to(dtype))
+    assert float((whole == 0).float().mean()) == pytest.approx(0.1, abs=2e-3)

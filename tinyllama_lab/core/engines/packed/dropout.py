@@ -15,6 +15,7 @@ import torch
 from tinyllama_lab.core.engines.base import WorkItem
 
 _MIX = 0x2545F4914F6CDD1D  # odd, so that multiplication modulo 2^64 is invertible
+_CACHED = 2**16  # numbers of 8 bytes
 
 
 def row_keys(items: Sequence[WorkItem[Any]]) -> torch.Tensor:
@@ -26,11 +27,21 @@ def row_keys(items: Sequence[WorkItem[Any]]) -> torch.Tensor:
     return torch.cat(keys)
 
 
-def mask(keys: torch.Tensor, module: str, width: int, share: float) -> torch.Tensor:
-    """Return `[tokens, width]` in float32: 0 with probability `share`, else `1 / (1 - share)`."""
-    # a number of 24 bits, which is compared with the share in the same scale
-    kept = _numbers(keys, module, width) >= int(share * 0x1000000)
-    return kept.float().div_(1 - share)
+def mask(
+    keys: torch.Tensor, module: str, width: int, share: float, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Return `[tokens, width]` in `dtype`: 0 with probability `share`, else `1 / (1 - share)`."""
+    kept = torch.empty(len(keys), width, dtype=dtype, device=keys.device)
+    for rows in range(0, len(keys), step := _rows_at_once(keys, width)):
+        # a number of 24 bits, which is compared with the share in the same scale
+        numbers = _numbers(keys[rows : rows + step], module, width)
+        torch.ge(numbers, int(share * 0x1000000), out=kept[rows : rows + step])
+    return kept.div_(1 - share)
+
+
+def _rows_at_once(keys: torch.Tensor, width: int) -> int:
+    """Return how many tokens are mixed at a time: on a CPU, what stays in its cache."""
+    return max(1, _CACHED // width if keys.device.type == "cpu" else len(keys))
 
 
 def noise(items: Sequence[WorkItem[Any]], width: int) -> torch.Tensor:
@@ -50,16 +61,21 @@ def _numbers(keys: torch.Tensor, module: str, width: int) -> torch.Tensor:
     """Return integers below 2^24, `[tokens, width]`."""
     columns = torch.arange(width, device=keys.device).mul_(-_MIX).add_(_number("col", module))
     bits = _mixed(keys).unsqueeze(1) ^ _mixed(columns)
-    return (_mixed(bits) >> 40) & 0xFFFFFF
+    return _mixed(bits).bitwise_right_shift_(40).bitwise_and_(0xFFFFFF)
 
 
 def _mixed(bits: torch.Tensor) -> torch.Tensor:
     """Mix bits: after two rounds every bit of the result depends on every bit of the input."""
     for _ in range(2):
-        # PyTorch has no unsigned shift: the mask clears the copies of the sign bit
-        bits = bits ^ ((bits >> 32) & 0xFFFFFFFF)
-        bits = bits * _MIX
-    return bits ^ ((bits >> 29) & 0x7FFFFFFFF)
+        bits = _folded(bits, 32).mul_(_MIX)
+    return _folded(bits, 29)
+
+
+def _folded(bits: torch.Tensor, shift: int) -> torch.Tensor:
+    """Return `bits ^ (bits >> shift)`, where zeros are shifted in."""
+    # PyTorch has no unsigned shift: the mask clears the copies of the sign bit
+    high = (bits >> shift).bitwise_and_((1 << (64 - shift)) - 1)
+    return high.bitwise_xor_(bits)
 
 
 def _number(*words: object) -> int:

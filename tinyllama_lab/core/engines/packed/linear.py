@@ -174,8 +174,8 @@ class PackedLinear:
                 dropout_mask = None
                 if batch.dropout_keys is not None and dropout:
                     keys = batch.dropout_keys[rows]
-                    dropout_mask = mask(keys, pairs.modules[0], pairs.a.shape[1], dropout)
-                    dropout_mask = dropout_mask.to(pairs.a.dtype)
+                    width, dtype = pairs.a.shape[1], pairs.a.dtype
+                    dropout_mask = mask(keys, pairs.modules[0], width, dropout, dtype)
                 columns = [self._columns[name] for name in pairs.modules]
                 ranks = [slice(n * pairs.rank, (n + 1) * pairs.rank) for n in range(len(columns))]
                 yield Part(span.adapter, pairs, rows, columns, ranks, dropout_mask)
