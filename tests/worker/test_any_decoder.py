@@ -16,6 +16,7 @@ from tests.llamas import base_of, example, examples, gradients, items_of, make_b
 from tinyllama_lab.config.lora import LoraConfig
 from tinyllama_lab.core.dataset.dataset import Example
 from tinyllama_lab.core.engines.base import WorkItem
+from tinyllama_lab.core.engines.packed import any_decoder
 from tinyllama_lab.core.engines.packed.any_decoder import AnyDecoder
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
 from tinyllama_lab.core.engines.peft import PeftEngine
@@ -68,6 +69,46 @@ def test_losses_and_gradients_are_those_of_each_adapter_alone(
         for key, matrix in gradients(adapter).items():
             apart = (matrix - of_matrices[key]).norm() / of_matrices[key].norm()
             assert apart <= APART.get(name, 1e-5), key
+
+
+@pytest.mark.parametrize(
+    ("name", "fused"), [("olmo2", True), ("granite", True), ("gemma2", False), ("gpt2", False)]
+)
+def test_norms_are_fused_where_that_computes_the_same(name: str, fused: bool) -> None:
+    """Gemma adds 1 to the weights of its norms, and those of GPT-2 also take out the mean."""
+    model = decoder(name).bfloat16()
+    norms = [module for key, module in model.named_modules() if key.endswith(("norm", "ln_f"))]
+    assert [any_decoder.rms_norm_like(norm) is not None for norm in norms] == [fused] * len(norms)
+    for norm in norms if fused else ():
+        source = torch.randn(7, len(norm.weight)).bfloat16()
+        expected = norm(source).float()
+        found = any_decoder.rms_norm_like(norm).forward(source)[0].float()
+        # where the two round in another place
+        torch.testing.assert_close(found, expected, rtol=2**-7, atol=0)
+
+
+def test_layers_that_could_share_a_product_may_read_other_inputs() -> None:
+    model = decoder("llama")
+    engine, rows = packed_engine(model, ours=False), examples((5, 9))
+    adapter = engine.add(settings(), 0)
+    make_b_random(adapter)
+    items: list[WorkItem[Any]] = [*items_of(adapter, rows), *items_of(None, rows)]
+    attention: Any = model.get_submodule("model.layers.0.self_attn")
+    plain = type(attention).forward
+
+    def swapped(module: Any, hidden_states: torch.Tensor, **named: Any) -> Any:
+        """Queries and keys of other tensors, and twice; values before both."""
+        module.v_proj(hidden_states)
+        module.q_proj(2 * hidden_states)
+        keys = module.k_proj(hidden_states)
+        assert torch.equal(keys, module.k_proj(hidden_states.clone()))
+        assert torch.equal(keys, module.k_proj(hidden_states))
+        return plain(module, hidden_states, **named)
+
+    expected = engine.example_losses(items)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(attention), "forward", swapped)
+        assert torch.equal(engine.example_losses(items), expected)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma2", "granite"])

@@ -7,6 +7,7 @@ from a registry, keeps sequences apart. So nothing of an architecture is written
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -27,16 +28,20 @@ from tinyllama_lab.core.engines.generate import generate
 from tinyllama_lab.core.engines.packed.adapter import PackedAdapter
 from tinyllama_lab.core.engines.packed.apart import Sequences, attend_apart
 from tinyllama_lab.core.engines.packed.batch import PackedBatch, spans_of
-from tinyllama_lab.core.engines.packed.elementwise import Plain
+from tinyllama_lab.core.engines.packed.elementwise import NormAlone, Plain, RmsNorm
 from tinyllama_lab.core.engines.packed.head import HeadLoss, smoothing_loss
 from tinyllama_lab.core.engines.packed.linear import PackedLinear
 from tinyllama_lab.core.engines.packed.segments import ModuleColumns
-from tinyllama_lab.core.engines.packed.weights import FrozenWeight
+from tinyllama_lab.core.engines.packed.weights import FrozenWeight, joint_bias
 from tinyllama_lab.core.engines.sampling import TokenSampling
 from tinyllama_lab.core.models.heads import has_plain_head
 from tinyllama_lab.core.models.loading import Base
 
 ATTENTION = "packed_sequences"  # its name in transformers' registry
+_TOGETHER: tuple[tuple[str, ...], ...] = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+)  # that read one input
 
 
 class UnknownPassError(Exception):
@@ -55,6 +60,7 @@ class _Pass:
     packed: PackedBatch | None = None
     sequences: Sequences | None = None
     padded: dict[int, PackedBatch] = field(default_factory=dict)  # by the length of the rows
+    outputs: dict[_Linears, _Outputs] = field(default_factory=dict)  # that nobody took yet
 
     def batch(self, shape: torch.Size) -> PackedBatch:
         """Return the batch to which tokens of this shape, `[rows, length, size]`, belong."""
@@ -118,8 +124,10 @@ class AnyDecoder:
         self._has_plain_head = has_plain_head(self._model)
         self._wrapped: list[Any] = []
         for name, module in self._model.named_modules():
-            if isinstance(module, nn.Linear | Conv1D) and module is not self._head:
-                self._wrap(module, self._linear(name, module, keep_dequantized))
+            for names in _linear_children(module, but=self._head):
+                self._wrap_linears(name, module, names, keep_dequantized)
+            if (norm := rms_norm_like(module)) is not None:
+                self._wrap(module, partial(_normed, norm, _forward_of(module)))
             elif isinstance(module, GradientCheckpointingLayer):
                 self._wrap(module, partial(self._block, _forward_of(module)))
 
@@ -133,17 +141,25 @@ class AnyDecoder:
         module.forward = forward
         self._wrapped.append(module)
 
-    def _linear(self, name: str, module: Any, keep_dequantized: bool) -> Callable[..., Any]:
-        forward, number = _forward_of(module), len(self.module_numbers)
-        self.module_numbers[name] = number
+    def _wrap_linears(
+        self, parent: str, module: nn.Module, names: Sequence[str], keep_dequantized: bool
+    ) -> None:
+        """Wrap children of a module that read the same input."""
+        children: list[Any] = [getattr(module, name) for name in names]
+        numbers = range(len(self.module_numbers), len(self.module_numbers) + len(names))
+        paths = [f"{parent}.{name}" for name in names]
+        self.module_numbers |= dict(zip(paths, numbers, strict=True))
         weight: Any
-        if _has_own_product(module):
-            weight = _OwnWeight(module.in_features, [module.out_features])
+        if has_own := _has_own_product(children[0]):
+            weight = _OwnWeight(children[0].in_features, [children[0].out_features])
         else:
-            weight = FrozenWeight([module], self._base.dtype, keep_dequantized)
-        columns = ModuleColumns(number, weight.inputs, weight.outputs, self.device)
-        linear = PackedLinear(Plain(), weight, [name], columns)
-        return partial(_linear, linear, forward, module.bias)
+            weight = FrozenWeight(children, self._base.dtype, keep_dequantized)
+        columns = ModuleColumns(numbers[0], weight.inputs, weight.outputs, self.device)
+        bias = None if has_own else joint_bias(children)
+        packed = PackedLinear(Plain(), weight, paths, columns, bias)
+        linears = _Linears(packed, [_forward_of(child) for child in children])
+        for number, child in enumerate(children):
+            self._wrap(child, partial(linears, number))
 
     def _block(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a block, of which backward may compute the activations again."""
@@ -215,6 +231,53 @@ def _forward_of(module: nn.Module) -> Callable[..., Any]:
     return partial(type(module).forward, module)
 
 
+def rms_norm_like(module: Any) -> RmsNorm | None:
+    """Return the fused loop that computes the same as a module; None if there is none.
+
+    Architectures have classes of their own for it, so it is tried on a few numbers.
+    """
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    weight = getattr(module, "weight", None)
+    if not isinstance(eps, float) or weight is None or weight.dim() != 1:
+        return None
+    if len(list(module.parameters())) > 1:
+        return None
+    # in float32, where the two differ by rounding alone
+    exact, generator = copy.deepcopy(module).float(), torch.Generator().manual_seed(0)
+    source = torch.randn(3, len(weight), generator=generator).to(weight.device)
+    with torch.no_grad():
+        found, expected = RmsNorm(exact.weight, eps).forward(source)[0], exact(source)
+    same = torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
+    return RmsNorm(weight, eps) if same else None
+
+
+def _normed(
+    norm: RmsNorm, forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
+) -> torch.Tensor:
+    if _PASS.get() is None:
+        return forward(x)
+    result: torch.Tensor = NormAlone.apply(x.reshape(-1, x.shape[-1]), norm)
+    return result.view(x.shape)
+
+
+def _linear_children(module: nn.Module, but: nn.Module) -> Iterator[tuple[str, ...]]:
+    """Yield the names of linear layers right below a module; together, if one product will do."""
+    linear = {
+        name: child
+        for name, child in module.named_children()
+        if isinstance(child, nn.Linear | Conv1D) and child is not but
+    }
+    while linear:
+        first = next(iter(linear))
+        names = next((names for names in _TOGETHER if first == names[0]), (first,))
+        children = [linear.get(name) for name in names]
+        is_joint = len({type(child) for child in children}) == 1 and None not in children
+        if not is_joint or any(map(_has_own_product, children)):
+            names = (first,)
+        yield names
+        linear = {name: child for name, child in linear.items() if name not in names}
+
+
 def _has_own_product(module: Any) -> bool:
     """Return whether a linear layer is more than a product with its weight and a bias."""
     is_plain = type(module).forward in (nn.Linear.forward, Conv1D.forward)
@@ -233,22 +296,38 @@ class _OwnWeight:
         raise UnknownPassError("a linear layer computes its own product, which DoRA has to scale")
 
 
-def _linear(
-    linear: PackedLinear,
-    forward: Callable[[torch.Tensor], torch.Tensor],
-    bias: torch.Tensor | None,
-    x: torch.Tensor,
-) -> torch.Tensor:
-    current = _PASS.get()
-    if current is None:
-        return forward(x)
-    batch, rows = current.batch(x.shape), x.reshape(-1, x.shape[-1])
-    if isinstance(linear.weight, _OwnWeight):
-        y: torch.Tensor = _Added.apply(forward(x).flatten(0, -2), rows, linear, batch)
-    else:
-        y = linear(rows, batch)
-        y = y if bias is None else y + bias
-    return y.view(*x.shape[:-1], y.shape[-1])
+@dataclass(frozen=True, eq=False)
+class _Linears:
+    """Linear layers that read the same input, one after another, as one product."""
+
+    packed: PackedLinear
+    forwards: list[Callable[[torch.Tensor], torch.Tensor]]  # their own
+
+    def __call__(self, number: int, x: torch.Tensor) -> torch.Tensor:
+        """Return the output of one of them; the first call computes all."""
+        current = _PASS.get()
+        if current is None:
+            return self.forwards[number](x)
+        source, outputs = current.outputs.get(self, (None, {}))
+        if source is not x or number not in outputs:
+            outputs = dict(enumerate(self._outputs(x, current)))
+            current.outputs[self] = x, outputs
+        if len(outputs) == 1:
+            del current.outputs[self]
+        return outputs.pop(number)
+
+    def _outputs(self, x: torch.Tensor, current: _Pass) -> Sequence[torch.Tensor]:
+        batch, rows = current.batch(x.shape), x.reshape(-1, x.shape[-1])
+        if isinstance(self.packed.weight, _OwnWeight):
+            own = self.forwards[0](x).flatten(0, -2)
+            y: torch.Tensor = _Added.apply(own, rows, self.packed, batch)
+        else:
+            y = self.packed(rows, batch)
+        return y.view(*x.shape[:-1], y.shape[-1]).split(self.packed.weight.outputs, dim=-1)
+
+
+# what they read, and the outputs by number
+_Outputs = tuple[torch.Tensor, dict[int, torch.Tensor]]
 
 
 class _Added(torch.autograd.Function):

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.nn import functional
 
+from tinyllama_lab.core.engines.packed.attention import (
+    AttentionPlan,
+    Heads,
+    attend,
+    plan_attention,
+)
 from tinyllama_lab.core.engines.packed.batch import PackedBatch
 
 
@@ -20,13 +26,16 @@ class Sequences:
     """Where the tokens of a batch stand in padded rows; the same in all layers.
 
     Attributes:
+        batch: the tokens, end to end.
         buckets: tokens of the rows of every bucket, `[rows, longest]`; padding repeats the last
             token of a row.
         back: where every token stands in the rows of all buckets one after another, `[tokens]`.
     """
 
+    batch: PackedBatch
     buckets: list[torch.Tensor]
     back: torch.Tensor
+    _plans: dict[Heads, AttentionPlan] = field(default_factory=dict)
 
     @classmethod
     def of(cls, batch: PackedBatch) -> Sequences:
@@ -42,7 +51,16 @@ class Sequences:
             back[tokens[real]] = count + real.flatten().nonzero()[:, 0]
             count += tokens.numel()
             buckets.append(tokens.to(device, non_blocking=True))
-        return cls(buckets, back.to(device, non_blocking=True))
+        return cls(batch, buckets, back.to(device, non_blocking=True))
+
+    def plan(self, heads: Heads, dtype: torch.dtype) -> AttentionPlan:
+        """Return the plan of attention for queries and keys that have their positions already."""
+        if heads not in self._plans:
+            shape = max(self.batch.lengths), heads.size
+            # those of position 0
+            cos = torch.ones(shape, dtype=dtype, device=self.batch.ids.device)
+            self._plans[heads] = plan_attention(self.batch, heads, cos, torch.zeros_like(cos))
+        return self._plans[heads]
 
 
 def attend_apart(
@@ -66,25 +84,43 @@ def attend_apart(
     """
     scaling, window, softcap = _options(**options)
     heads = [x[0].transpose(0, 1) for x in (query, key, value)]
+    sees_all = window is None or max(sequences.batch.lengths) <= window
+    if sees_all and softcap is None and key.shape == value.shape:
+        joint = torch.cat([x.flatten(1) for x in heads], dim=1)
+        numbers = Heads(query.shape[1], key.shape[1], query.shape[3], scaling)
+        output = attend(joint, sequences.plan(numbers, joint.dtype))
+        return output.view(1, len(joint), *query.shape[1::2])
     results = []
     for tokens in sequences.buckets:
         q, k, v = (x[tokens].transpose(1, 2) for x in heads)
-        is_plain = softcap is None and (window is None or tokens.shape[1] <= window)
-        hidden = None if is_plain else _hidden(tokens.shape[1], window, q.device)
-        if softcap is not None and hidden is not None:
-            result = _capped(q, k, v, scaling, softcap, hidden)
-        else:
-            result = functional.scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                attn_mask=None if hidden is None else ~hidden,
-                is_causal=is_plain,
-                scale=scaling,
-                enable_gqa=q.shape[1] != k.shape[1],
-            )
+        result = _attend_rows(q, k, v, scaling, window, softcap)
         results.append(result.transpose(1, 2).flatten(0, 1))
     return torch.cat(results).index_select(0, sequences.back)[None]
+
+
+def _attend_rows(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Return causal attention of padded rows, `[rows, heads, longest, size]`."""
+    longest = q.shape[2]
+    is_plain = softcap is None and (window is None or longest <= window)
+    hidden = None if is_plain else _hidden(longest, window, q.device)
+    if softcap is not None and hidden is not None:
+        return _capped(q, k, v, scaling, softcap, hidden)
+    return functional.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=None if hidden is None else ~hidden,
+        is_causal=is_plain,
+        scale=scaling,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
 
 
 def _options(

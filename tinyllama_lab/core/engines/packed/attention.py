@@ -33,6 +33,12 @@ class Heads:
     queries: int
     keys: int  # and as many values
     size: int
+    scale: float | None = None  # of the scores; None for 1 / sqrt(size)
+
+    @property
+    def factor(self) -> float:
+        """Return what scores are multiplied with."""
+        return 1 / math.sqrt(self.size) if self.scale is None else self.scale
 
     @property
     def all(self) -> int:
@@ -172,10 +178,10 @@ class _Attend(torch.autograd.Function):
                 keep(number, keys, values)
             probabilities = graph = None
             if not bucket.is_plain:
-                graph = _Graph(queries, keys, values, ctx.needs_input_grad[0])
+                graph = _Graph((queries, keys, values), heads.factor, ctx.needs_input_grad[0])
                 result = graph.result.detach()
             else:
-                probabilities = _probabilities(queries, keys, bucket)
+                probabilities = _probabilities(queries, keys, heads.factor, bucket)
                 result = (probabilities @ values.flatten(0, 1)).view_as(queries)
             bucket.put(result, output, plan.rotary)
             is_kept = probabilities is not None and bucket.longest <= LONGEST_KEPT
@@ -188,7 +194,8 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         plan: AttentionPlan = ctx.plan
         result = grad.new_empty(len(grad), ctx.columns)
-        parts, size = _parts(result, plan.heads), plan.heads.size
+        heads = plan.heads
+        parts, size = _parts(result, heads), heads.size
         saved, grad = ctx.saved_tensors, grad.contiguous()
         for number, bucket in enumerate(plan.buckets):
             *inputs, probabilities = saved[4 * number : 4 * number + 4]
@@ -196,7 +203,7 @@ class _Attend(torch.autograd.Function):
             if (graph := ctx.graphs[number]) is not None:
                 gradients = graph.backward(outer)
             else:
-                gradients = _backward(outer, inputs, probabilities, bucket)
+                gradients = _backward(outer, inputs, probabilities, heads.factor, bucket)
             for gradient, part, turn in zip(gradients, parts, (-1, -1, 0), strict=True):
                 bucket.put(gradient, part, plan.rotary, turn)
         return result, None, None
@@ -205,23 +212,16 @@ class _Attend(torch.autograd.Function):
 class _Graph:
     """Attention with PyTorch's fused kernel, and its own autograd graph."""
 
-    def __init__(
-        self,
-        queries: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        is_training: bool,
-    ) -> None:
+    def __init__(self, inputs: Sequence[torch.Tensor], scale: float, is_training: bool) -> None:
+        """`inputs` are queries, keys and values."""
         with torch.set_grad_enabled(is_training):
-            self._inputs = [
-                x.detach().requires_grad_(is_training) for x in (queries, keys, values)
-            ]
+            self._inputs = [x.detach().requires_grad_(is_training) for x in inputs]
             q, k, v = self._inputs
             if q.is_cuda:
                 # with fewer keys than queries, the kernels of older cards keep all scores
                 k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
             self.result = functional.scaled_dot_product_attention(
-                q, k, v, is_causal=True, enable_gqa=not q.is_cuda
+                q, k, v, is_causal=True, scale=scale, enable_gqa=not q.is_cuda
             )
 
     def backward(self, grad: torch.Tensor) -> list[torch.Tensor]:
@@ -241,12 +241,14 @@ def _parts(joint: torch.Tensor, heads: Heads) -> tuple[torch.Tensor, ...]:
     return joint.split([n * heads.size for n in (heads.queries, heads.keys, heads.keys)], dim=1)
 
 
-def _probabilities(queries: torch.Tensor, keys: torch.Tensor, bucket: Padded) -> torch.Tensor:
+def _probabilities(
+    queries: torch.Tensor, keys: torch.Tensor, scale: float, bucket: Padded
+) -> torch.Tensor:
     """Return causal attention probabilities, `[sequences * keys, group * longest, longest]`.
 
     The queries of a group are stacked, which saves repeating its keys and values.
     """
-    k, scale = keys.flatten(0, 1), 1 / math.sqrt(keys.shape[-1])
+    k = keys.flatten(0, 1)
     q = queries.view(len(k), -1, k.shape[-1])
     if bucket.ahead is None:
         return fused_cpu.causal_softmax_(q @ k.transpose(1, 2), scale)
@@ -259,13 +261,14 @@ def _backward(
     grad: torch.Tensor,
     inputs: Sequence[torch.Tensor],
     probabilities: torch.Tensor | None,
+    scale: float,
     bucket: Padded,
 ) -> list[torch.Tensor]:
     """Return the gradients of queries, keys and values, `[sequences, heads, longest, size]`."""
     queries, keys, values = inputs
     if probabilities is None:
-        probabilities = _probabilities(queries, keys, bucket)
-    k, v, scale = keys.flatten(0, 1), values.flatten(0, 1), 1 / math.sqrt(keys.shape[-1])
+        probabilities = _probabilities(queries, keys, scale, bucket)
+    k, v = keys.flatten(0, 1), values.flatten(0, 1)
     q, outer = (x.view(len(k), -1, k.shape[-1]) for x in (queries, grad))
     inner = outer @ v.transpose(1, 2)
     if bucket.ahead is None:

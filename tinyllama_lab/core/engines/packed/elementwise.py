@@ -70,6 +70,21 @@ class RmsNorm:
         return _norm_backward(grad, source, saved, self._weight)
 
 
+class NormAlone(torch.autograd.Function):
+    """A norm that no `PackedLinear` follows."""
+
+    @staticmethod
+    def forward(ctx: Any, source: torch.Tensor, norm: RmsNorm) -> torch.Tensor:
+        x, rstd = norm.forward(source)
+        ctx.norm = norm
+        ctx.save_for_backward(source, rstd)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return ctx.norm.backward(grad, *ctx.saved_tensors), None
+
+
 class SwiGlu:
     """`silu(gate) * up` (arXiv 2002.05202) of `source = [gate | up]`."""
 

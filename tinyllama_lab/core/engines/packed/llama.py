@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from tinyllama_lab.core.engines.packed.attention import Heads, attend, plan_attention
 from tinyllama_lab.core.engines.packed.batch import PackedBatch
-from tinyllama_lab.core.engines.packed.elementwise import Plain, RmsNorm, SwiGlu
+from tinyllama_lab.core.engines.packed.elementwise import NormAlone, Plain, RmsNorm, SwiGlu
 from tinyllama_lab.core.engines.packed.head import HeadLoss
 from tinyllama_lab.core.engines.packed.linear import PackedLinear
 from tinyllama_lab.core.engines.packed.segments import ModuleColumns
@@ -159,7 +159,7 @@ class FrozenLlama:
         """Return the cross entropy (nats) of every label, `[labels]` in float32."""
         # labels alone go through the last norm and the head: no other token has a loss
         hidden = self.hidden(batch).index_select(0, batch.label_at)
-        hidden = _NormAlone.apply(hidden, self._norm)
+        hidden = NormAlone.apply(hidden, self._norm)
         return HeadLoss.apply(hidden, self._head, batch.targets, batch.smoothing)
 
     def hidden(self, batch: PackedBatch) -> torch.Tensor:
@@ -233,18 +233,3 @@ class _NormedHeads(torch.autograd.Function):
         for_queries = norms.queries.backward(for_queries, queries, q_rstd)
         for_keys = norms.keys.backward(for_keys, keys, k_rstd)
         return norms.join([for_queries, for_keys, for_values]), None
-
-
-class _NormAlone(torch.autograd.Function):
-    """The final norm, which no `PackedLinear` follows."""
-
-    @staticmethod
-    def forward(ctx: Any, source: torch.Tensor, norm: RmsNorm) -> torch.Tensor:
-        x, rstd = norm.forward(source)
-        ctx.norm = norm
-        ctx.save_for_backward(source, rstd)
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return ctx.norm.backward(grad, *ctx.saved_tensors), None
