@@ -28,6 +28,7 @@ def overrides(setup: Setup, rows: int, batch_size: int) -> list[str]:
         f"data.n={rows}",
         f"data.eval_n={setup.eval_rows}",
         f"quant={setup.quant}",
+        f"lora.variant={setup.lora_variant}",
         "lora.alpha=null",  # 2 r, as for the peers
         f"train.batch_size={batch_size}",
         "train.epochs=1",

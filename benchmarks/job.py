@@ -76,6 +76,7 @@ class Setup:
     eval_rows: int
     device: str
     quant: str = "none"
+    lora_variant: str = "lora"
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ from typing import Any
 import peft
 import torch
 
-from benchmarks.job import Adapter, Job, Prepared
+from benchmarks.job import Adapter, Job, Prepared, Setup
 from tinyllama_lab.config.schema import QuantConfig
 from tinyllama_lab.config.targets import TARGET_GROUPS
+from tinyllama_lab.config.variants import VARIANTS
 from tinyllama_lab.core.models.loading import quantization_config
 
 MOST_ROWS = 8  # in a micro-batch of P3 on a CPU; larger batches are accumulated
@@ -31,7 +32,7 @@ class Variant:
         return cls(trainer, attention)
 
 
-def lora_config(adapter: Adapter) -> peft.LoraConfig:
+def lora_config(adapter: Adapter, setup: Setup) -> peft.LoraConfig:
     """Return the same adapter as in this project: alpha 2 r, no dropout."""
     group = adapter.targets
     return peft.LoraConfig(
@@ -41,6 +42,7 @@ def lora_config(adapter: Adapter) -> peft.LoraConfig:
         lora_dropout=0.0,
         target_modules="all-linear" if group == "all_linear" else list(TARGET_GROUPS[group]),
         bias="none",
+        **VARIANTS[setup.lora_variant].peft,
     )
 
 

@@ -98,7 +98,7 @@ class TrlDefaults(Peer):
         model = {"dtype": self.prepared.dtype}
         options = self.arguments(adapter, batch_size)
         arguments = SFTConfig(**options, model_init_kwargs=model)
-        lora = peer_settings.lora_config(adapter)
+        lora = peer_settings.lora_config(adapter, self.job.setup)
         self.settings = peer_settings.shown(arguments, lora, model)
         return SFTTrainer(
             model=self.prepared.model_folder,
@@ -129,7 +129,7 @@ class Strongest(Peer):
         torch.manual_seed(adapter.seed)
         options = self.arguments(adapter, batch_size)
         options |= peer_settings.strongest(self.job, batch_size)
-        lora = peer_settings.lora_config(adapter)
+        lora = peer_settings.lora_config(adapter, self.job.setup)
         grouped = Dataset.from_list(group_by_length(rows, batch_size, adapter.seed))
         shared: dict[str, Any] = {
             "train_dataset": grouped,

@@ -19,6 +19,7 @@ from benchmarks.measure import Measurements
 from benchmarks.results import check_same_tokens, summary
 from benchmarks.show import markdown, print_tables
 from benchmarks.stages import STAGES, Options, Stage, planned
+from tinyllama_lab.config.variants import VARIANTS
 from tinyllama_lab.data import hub
 from tinyllama_lab.data.cache import cache_dir
 from tinyllama_lab.errors import user_errors
@@ -37,6 +38,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--data", help="a file of rows (default: the travel set)")
     made.add_argument(
         "--model", help="as model= of a sweep, or a folder (default: smollm2, tinyllama on CUDA)"
+    )
+    made.add_argument(
+        "--lora-variant",
+        choices=[name for name, variant in VARIANTS.items() if not variant.is_full],
+        default="lora",
+        help="as lora.variant= of a sweep (default lora)",
     )
     made.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     made.add_argument("--only", default=",".join(STAGES), help="some of: %(default)s")
@@ -87,6 +94,7 @@ def options(arguments: argparse.Namespace) -> Options:
         rows=arguments.rows or rows,
         eval_rows=arguments.eval_rows or eval_rows,
         device=device,
+        lora_variant=arguments.lora_variant,
     )
     return Options(
         setup=setup,

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +57,22 @@ def test_p3_accumulates_batches_whose_rows_would_not_fit(batch: int, rows: int) 
 def test_ours_and_the_peers_use_the_same_alpha_and_settings() -> None:
     ranks = Grid(ranks=(2, 8, 64), rates=(1e-3,), seeds=(3,))
     configs = check_cells(cells(SETUP, Round(ranks, rows=4, batch_size=4)))
-    peers = [lora_config(adapter) for adapter in ranks.adapters()]
+    peers = [lora_config(adapter, SETUP) for adapter in ranks.adapters()]
     for config, peer, rank in zip(configs, peers, (2, 8, 64), strict=True):
         assert config.lora.scale_alpha / config.lora.r == peer.lora_alpha / peer.r == 2
         assert (config.lora.r, peer.r) == (rank, rank)
         assert config.lora.dropout == peer.lora_dropout == 0
         assert (config.train.lr, config.seed) == (1e-3, 3)
+
+
+def test_ours_and_the_peers_train_the_same_variant() -> None:
+    for variant, uses in (("lora", (False, False)), ("dora", (True, False))):
+        setup = replace(SETUP, lora_variant=variant)
+        (config,) = check_cells(cells(setup, Round(Grid(), rows=4, batch_size=4)))
+        (adapter,) = Grid().adapters()
+        peer = lora_config(adapter, setup)
+        assert config.lora.variant == variant
+        assert (peer.use_dora, peer.use_rslora) == uses
 
 
 def test_the_timed_sweep_trains_the_trials_of_the_peers_and_no_others() -> None:
