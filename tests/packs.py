@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tinyllama_lab.config.schema import HardwareConfig, part
-from tinyllama_lab.core.context import WorkerContext
+from tinyllama_lab.core.context import WorkerContext, raise_if_stopped
 from tinyllama_lab.core.dataset.dataset import DataCache
 from tinyllama_lab.core.engines.base import Adapter, Engine, WorkItem
 from tinyllama_lab.core.engines.sampling import TokenSampling
@@ -39,7 +39,7 @@ QUIET: dict[str, Any] = {"eval.generations": 0, "eval.latency_tokens": 0}
 Wrap = Callable[[Engine[Any]], Engine[Any]]
 
 
-def never() -> bool:
+def never(*_: object) -> bool:
     return False
 
 
@@ -47,6 +47,12 @@ def after(calls: int) -> Callable[[], bool]:
     """Says stop at the given call and from then on."""
     seen: list[int] = []
     return lambda: len(seen) >= calls or bool(seen.append(1))
+
+
+def stop_after(calls: int) -> Callable[[int], None]:
+    """Raises StoppedError at the given micro-batch and from then on."""
+    stopped = after(calls)
+    return lambda tokens: raise_if_stopped(stopped)
 
 
 @dataclass
@@ -253,13 +259,8 @@ class Wrapped:
         self.inside.set_random_state(state)
 
 
-def train_all(
-    engine: Engine[Any],
-    trainers: Sequence[AdapterTrainer],
-    tokens: int = 4096,
-    stopped: Callable[[], bool] = never,
-) -> None:
+def train_all(engine: Engine[Any], trainers: Sequence[AdapterTrainer], tokens: int = 4096) -> None:
     """Rounds until every trainer has taken all its steps."""
     while going := [trainer for trainer in trainers if not trainer.is_done]:
-        found = train_round(engine, going, tokens, stopped)
+        found = train_round(engine, going, tokens, never)
         assert not found.failed

@@ -228,7 +228,7 @@ class Pack:
             for trainer in self.trainers:
                 done.count(trainer.batch)
             begin = time.perf_counter()
-            result = train_round(self.engine, self.trainers, self.max_tokens, lambda: False)
+            result = train_round(self.engine, self.trainers, self.max_tokens, lambda tokens: None)
             done.seconds.append(time.perf_counter() - begin)
             if result.failed:
                 raise next(iter(result.failed.values()))

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.llamas import items_of, make_b_random, settings
-from tests.packs import after, never
+from tests.packs import never, stop_after
 from tinyllama_lab.config.schema import Science, part
 from tinyllama_lab.core.dataset.dataset import DataCache, Example
 from tinyllama_lab.core.engines.base import Engine
@@ -135,7 +135,7 @@ def test_scoring_keeps_the_random_state_and_leaves_no_gradient(
 
 def test_scoring_stops_on_request(engine: Engine[Any], heldout: list[Example]) -> None:
     with pytest.raises(StoppedError):
-        example_losses(engine, items_of(None, heldout), 1, after(2))
+        example_losses(engine, items_of(None, heldout), 1, stop_after(2))
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])

@@ -19,7 +19,6 @@ from tinyllama_lab.core.engines.packed.engine import PackedEngine
 from tinyllama_lab.core.engines.peft import PeftEngine
 from tinyllama_lab.core.evaluation.load import Scored, scoring_load
 from tinyllama_lab.core.meter import _container_bytes
-from tinyllama_lab.core.models import lora
 from tinyllama_lab.core.training import memory
 from tinyllama_lab.core.training.memory import (
     HEAP_SLACK,
@@ -222,8 +221,8 @@ def test_the_prediction_is_the_highest_and_includes_used_memory(
     made.predict([ADAPTER], [100])
     kept, logits = 300 * PER_TOKEN, 300 * WORDS * 4 / MIB
     initial = ADAPTER * 4 / 16  # PEFT's values, beside weight, gradient and two moments
-    overhead = memory.LIBRARIES_MIB + memory.BACKWARD_MIB + memory.SHAPE_KERNELS_MIB
-    expected = 100 + 2 * ADAPTER + kept + 2 * kept / LAYERS + logits + initial + overhead
+    kernels = memory.SHAPE_KERNELS_MIB
+    expected = 100 + 2 * ADAPTER + kept + 2 * kept / LAYERS + logits + initial + kernels
     assert made.predicted() == {
         "memory/predicted_mib": pytest.approx(memory.PEAKS_VARY * expected)
     }
@@ -236,7 +235,7 @@ def test_what_is_measured_keeps_every_block_though_training_does_not(
     made.plan_training([ADAPTER], 250, fixed=False)
     made.predict([ADAPTER], [50])
     least = 100 + ADAPTER + 250 * PER_TOKEN  # of the longest example, before the first step
-    overhead = memory.LIBRARIES_MIB + memory.SHAPE_KERNELS_MIB + ADAPTER
+    overhead = memory.SHAPE_KERNELS_MIB + ADAPTER
     # a forward pass: six times what a block keeps, and logits
     overhead += 6 * 250 * PER_TOKEN / LAYERS + 250 * WORDS * 4 / MIB
     predicted = made.predicted()["memory/predicted_mib"]
@@ -251,30 +250,10 @@ def test_gaps_in_the_heap_grow_with_micro_batches_and_end(monkeypatch: pytest.Mo
         made.predict([ADAPTER], list(range(301 - count, 301)))
         peaks.append(made.predicted()["memory/predicted_mib"])
     assert peaks == sorted(set(peaks))
-    kernels = memory.KERNEL_MIB * KERNELS - memory.SHAPE_KERNELS_MIB
+    kernels = memory.PINNED * memory.KERNEL_MIB * KERNELS - memory.SHAPE_KERNELS_MIB
     kept = 300 * PER_TOKEN
     gaps = memory.MOST_GAPS * (kept + memory.BLOCKS_IN_HAND * kept / LAYERS)
     assert peaks[-1] - peaks[0] == pytest.approx(memory.PEAKS_VARY * (gaps + kernels))
-
-
-def test_dropout_takes_masks_and_leaves_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
-    widths = {"q_proj": lora.LowRank(7, WIDTH, 2), "down_proj": lora.LowRank(7, 3 * WIDTH, 2)}
-    monkeypatch.setattr(lora, "target_shapes", lambda model, config: widths)
-    kept = 300 * PER_TOKEN + memory.BLOCKS_IN_HAND * 300 * PER_TOKEN / LAYERS
-    masks = 300 * 3 * WIDTH * 4 * 8 / MIB  # of the widest input: four tensors of int64
-
-    def more(gaps: float) -> float:
-        monkeypatch.setattr(memory, "DROPOUT_GAPS", gaps)
-        peaks = []
-        for dropout in (0.0, 0.1):
-            made, _ = planner(10**6, monkeypatch)
-            made.note_dropout(settings(dropout=dropout))
-            made.predict([ADAPTER], [300])
-            peaks.append(made.predicted()["memory/predicted_mib"])
-        return (peaks[1] - peaks[0]) / memory.PEAKS_VARY
-
-    assert more(0.0) == pytest.approx(masks)
-    assert more(0.5) == pytest.approx(masks + 0.5 * (kept + masks))
 
 
 def test_a_gpu_has_no_heap(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,32 +71,44 @@ class Heap:
         self.resident_mib += mib if is_fresh else self.gaps_mib
 
 
-def test_gaps_in_the_heap_go_back_to_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
-    heap = Heap()
-    monkeypatch.setattr(resident, "reset_peak", heap.give_back)
-    monkeypatch.setattr(resident, "give_back", heap.give_back)
-    monkeypatch.setattr(PeakMemory, "now_mib", lambda memory: heap.resident_mib)
+@pytest.fixture
+def heap(monkeypatch: pytest.MonkeyPatch) -> Heap:
+    made = Heap()
+    monkeypatch.setattr(resident, "reset_peak", made.give_back)
+    monkeypatch.setattr(resident, "give_back", made.give_back)
+    monkeypatch.setattr(PeakMemory, "now_mib", lambda memory: made.resident_mib)
+    return made
+
+
+def test_gaps_in_the_heap_go_back_to_the_system(heap: Heap) -> None:
     memory, most, returned = PeakMemory(CPU), 0.0, []
     for number in range(100):
-        memory.between_batches()
+        memory.before_batch(900 - number % 7)
         heap.batch(400.0)
         most = max(most, heap.resident_mib)
         if number in (50, 99):
             returned.append(heap.returned)
-    # 40 % of a batch, and what the batch adds that reaches the limit
-    assert most <= heap.base_mib + 1.4 * 400 + heap.gaps_mib
-    # memory that is returned costs time: once in the first batch, those that fill 40 % with gaps,
+    # 20 % of a batch, and what the batch adds that reaches the limit
+    assert most <= heap.base_mib + 1.2 * 400 + heap.gaps_mib
+    # memory that is returned costs time: once in the first batch, those that fill 20 % with gaps,
     # and the one that is too much
-    every = 2 + 0.4 * 400 / heap.gaps_mib
+    every = 2 + 0.2 * 400 // heap.gaps_mib
     assert returned[1] - returned[0] == pytest.approx(49 / every, abs=1)
+
+
+def test_a_micro_batch_larger_than_all_others_finds_no_gaps(heap: Heap) -> None:
+    memory, larger = PeakMemory(CPU), (100, 300, 500)
+    for tokens in larger:
+        memory.before_batch(tokens)
+        assert heap.resident_mib == heap.base_mib
+        heap.batch(tokens)
+        before = heap.returned
+        memory.before_batch(tokens)  # as large, and there are no gaps yet
+        assert heap.returned == before
     memory.reset()
-    memory.between_batches()
-    heap.batch(900.0)  # a larger one is learned
-    memory.between_batches()
     heap.batch(900.0)
-    heap.batch(900.0)
-    memory.between_batches()
-    assert heap.resident_mib > 1300
+    memory.before_batch(200)  # the largest since the reset
+    assert heap.resident_mib == heap.base_mib
 
 
 KERNELS = """

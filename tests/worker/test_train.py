@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.llamas import example
-from tests.packs import Wrapped, after, never, train_all
+from tests.packs import Wrapped, never, stop_after, train_all
 from tinyllama_lab.config.schema import Science, part
 from tinyllama_lab.core.dataset.dataset import Example
 from tinyllama_lab.core.engines.base import Engine, WorkItem
@@ -211,7 +211,7 @@ def test_a_stop_in_the_middle_leaves_every_trainer_as_it_was(packed: Fit) -> Non
     trainers = [packed.trainer(engine, {"seed": seed}, str(seed)) for seed in (1, 2)]
     before = [[p.detach().clone() for p in each.adapter.parameters] for each in trainers]
     with pytest.raises(StoppedError):
-        train_round(engine, trainers, 1, after(5))
+        train_round(engine, trainers, 1, stop_after(5))
     for trainer, weights in zip(trainers, before, strict=True):
         assert trainer.progress.step == 0
         for parameter, weight in zip(trainer.adapter.parameters, weights, strict=True):

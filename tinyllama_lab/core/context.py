@@ -64,10 +64,14 @@ class WorkerContext:
             return self.measured_tokens or CPU_TOKENS
         return gpu_tokens(torch.cuda.get_device_properties(self.base.device).total_memory)
 
-    def between_batches(self) -> bool:
-        """Give freed memory back where there is too much; return whether the worker is to stop."""
-        self.memory.between_batches()
-        return self.stopped()
+    def before_batch(self, tokens: int) -> None:
+        """Prepare for a forward pass of so many tokens.
+
+        Raises:
+            StoppedError: the worker was asked to stop.
+        """
+        self.check_stop()
+        self.memory.before_batch(tokens)
 
     def check_stop(self) -> None:
         """Raise StoppedError if the worker was asked to stop."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
 import platform
 import subprocess
 from collections.abc import Callable, Iterable
@@ -30,7 +29,7 @@ PACKAGE = Path(__file__).parents[1]
 _GIT_TIMEOUT_S = 5
 SHARE = 0.85  # of the free memory; the rest is for other programs and fragmentation
 _DIFF_DIGITS = 12
-HEAP_GAPS = 0.4  # of what a batch takes; with more, freed memory goes back to the system
+HEAP_GAPS = 0.2  # of what a batch takes; with more, freed memory goes back to the system
 
 
 class PeakMemory:
@@ -40,6 +39,7 @@ class PeakMemory:
         self._device = device
         self._floor_mib = 0.0  # in use before a batch, right after freed memory was returned
         self._batch_mib = 0.0  # what a batch adds to that, at most
+        self._most_tokens = 0  # of a batch
         self._is_trimmed = False  # whether freed memory was returned before the last batch
         self.reset()
 
@@ -57,23 +57,26 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self._device)
         else:
             resident.reset_peak()
-        self._floor_mib, self._batch_mib, self._is_trimmed = self.now_mib(), 0.0, False
+        self._floor_mib, self._batch_mib = self.now_mib(), 0.0
+        self._most_tokens, self._is_trimmed = 0, False
 
-    def between_batches(self) -> None:
-        """Return freed memory to the system once gaps in the heap take too much; for CPUs.
+    def before_batch(self, tokens: int) -> None:
+        """Return freed memory to the system where gaps in the heap would take too much; for CPUs.
 
-        Batches differ in their lengths, and what one has freed rarely fits the next, so the
-        resident set would grow with every batch. What a batch takes is learned from those that
-        come right after freed memory was returned.
+        Micro-batches differ in their lengths, and what one has freed rarely fits the next, so the
+        resident set would grow with every one. It shrinks before a micro-batch that is larger
+        than all others, and once gaps take `HEAP_GAPS` of what a batch takes. That is learned
+        from those that come right after.
         """
         if self._device.type != "cpu":
             return
         taken_mib = self.now_mib() - self._floor_mib
         if self._is_trimmed:
             self._batch_mib, self._is_trimmed = max(self._batch_mib, taken_mib), False
-        elif taken_mib > (1 + HEAP_GAPS) * self._batch_mib:
+        if tokens > self._most_tokens or taken_mib > (1 + HEAP_GAPS) * self._batch_mib:
             resident.give_back()
             self._floor_mib, self._is_trimmed = self.now_mib(), True
+            self._most_tokens = max(self._most_tokens, tokens)
 
     def trim(self) -> None:
         """Return freed memory to the system, so that later allocations do not add to it."""
@@ -219,16 +222,3 @@ def _git(folder: Path, *arguments: str) -> bytes | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return process.stdout if process.returncode == 0 else None
-
-
-def heap_gaps(in_step: int, shapes: int) -> float:
-    """Return the share of a step's activations that gaps in the heap take in addition.
-
-    Micro-batches differ in their lengths, and what one has freed rarely fits the next. Measured in
-    packs of SmolLM2 on one Xeon; docs/plan.md has the errors.
-
-    Args:
-        in_step: micro-batches of the step; after each step all gaps join.
-        shapes: lengths of micro-batches that differ, over all steps so far.
-    """
-    return max(0.0, (0.0 if in_step > 1 else -0.2) + 0.28 * math.log2(shapes))

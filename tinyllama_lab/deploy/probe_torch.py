@@ -49,7 +49,7 @@ def measure_torch(task: Task) -> Measured:
     answers = [list(takewhile(lambda token: token not in base.end_ids, ids)) for ids in generated]
     decode: Any = base.tokenizer.decode
     return Measured(
-        losses=example_losses(engine, items, _MICRO_BATCH, lambda: False),
+        losses=example_losses(engine, items, _MICRO_BATCH, lambda tokens: None),
         answers=answers,
         texts=[str(decode(ids, skip_special_tokens=True)).strip() for ids in answers],
         same_tokens=None if task.answers is None else _same_tokens(base, asked, task.answers),

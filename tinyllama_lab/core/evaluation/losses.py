@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tinyllama_lab.core.context import WorkerContext, raise_if_stopped
+from tinyllama_lab.core.context import WorkerContext
 from tinyllama_lab.core.dataset.dataset import DataCache
 from tinyllama_lab.core.dataset.example import Example, clusters, with_text
 from tinyllama_lab.core.dataset.prompts import TextTokenizer
@@ -43,13 +43,16 @@ def example_losses(
     engine: Engine[Any],
     items: Sequence[WorkItem[Any]],
     max_tokens: int,
-    before_batch: Callable[[], bool],
+    before_batch: Callable[[int], object],
 ) -> list[float]:
-    """Return the summed loss (nats) of every item, in the order of `items`, sorted by adapter."""
+    """Return the summed loss (nats) of every item, in the order of `items`, sorted by adapter.
+
+    `before_batch` is called with the tokens of every micro-batch.
+    """
     # an engine may reorder the items, for example by length, so losses are kept by item
     loss_by_item: dict[int, float] = {}
     for micro_batch in engine.micro_batches(items, max_tokens):
-        raise_if_stopped(before_batch)
+        before_batch(sum(len(item.example.ids) for item in micro_batch))
         losses = engine.example_losses(micro_batch).tolist()
         loss_by_item |= zip(map(id, micro_batch), losses, strict=True)
     return [loss_by_item[id(item)] for item in items]
@@ -73,7 +76,7 @@ def heldout_losses(
     items = [WorkItem(adapter, example) for adapter, rows in work for example in rows]
     longest = max(len(item.example.ids) for item in items)
     losses, _ = fit(
-        lambda tokens: example_losses(engine, items, tokens, context.between_batches),
+        lambda tokens: example_losses(engine, items, tokens, context.before_batch),
         # nothing is kept for backward, so more tokens fit than in training
         2 * context.micro_batch_tokens,
         longest,

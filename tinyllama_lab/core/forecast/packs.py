@@ -290,8 +290,6 @@ class Forecaster:
         context.kernels = kernels_kept(len(trials))
         planner = _Planner(context, engine, self.room_mib)
         planner.assume(self._kept_per_token(trials[0]))
-        for each in trials:
-            planner.note_dropout(each.science.lora)
         return planner, context
 
     def _kept_per_token(self, trial: Trial) -> float:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from tinyllama_lab.core.context import raise_if_stopped
 from tinyllama_lab.core.engines.base import Engine
 from tinyllama_lab.core.training.adapter_trainer import AdapterTrainer
 from tinyllama_lab.errors import StoppedError
@@ -37,17 +36,17 @@ def train_round(
     engine: Engine[Any],
     trainers: Sequence[AdapterTrainer],
     max_tokens: int,
-    before_batch: Callable[[], bool],
+    before_batch: Callable[[int], object],
 ) -> Round:
     """Take one optimizer step with every trainer; the engine decides how to mix their batches.
 
     The gradient of a step is that of the mean loss over all labels of the trainer's own batch,
     however many micro-batches that takes. Trainers share no parameters, so their gradients do
     not mix. The time of the round is divided among the trainers in proportion to their tokens.
-    `before_batch` is called before every micro-batch, and says whether the worker is to stop.
+    `before_batch` is called with the tokens of every micro-batch.
 
     Raises:
-        StoppedError: the worker was asked to stop; no trainer has taken the step.
+        StoppedError: raised by `before_batch`; no trainer has taken the step.
         StepError: forward or backward failed; no trainer has taken the step.
     """
     begin = time.perf_counter()
@@ -86,7 +85,7 @@ def _accumulate(
     trainers: Sequence[AdapterTrainer],
     scales: Sequence[float],
     max_tokens: int,
-    before_batch: Callable[[], bool],
+    before_batch: Callable[[int], object],
 ) -> tuple[torch.Tensor, list[int]]:
     """Accumulate every trainer's gradient, times its fp16 scale.
 
@@ -102,7 +101,8 @@ def _accumulate(
     means = torch.zeros(len(trainers), dtype=torch.float64, device=device)
     sizes = []
     for micro_batch in engine.micro_batches(items, max_tokens):
-        raise_if_stopped(before_batch)
+        sizes.append(sum(len(item.example.ids) for item in micro_batch))
+        before_batch(sizes[-1])
         owners = [index_of[id(item.adapter)] for item in micro_batch]
         # one tensor for both, because every copy to the device has a fixed cost
         weights = torch.tensor(
@@ -114,7 +114,6 @@ def _accumulate(
         # One backward for all trainers: no two share a parameter, so each gets its own gradient.
         (losses * weights[1]).sum().backward()
         means.index_add_(0, torch.tensor(owners).to(device, non_blocking=True), losses.detach())
-        sizes.append(sum(len(item.example.ids) for item in micro_batch))
     return means, sizes
 
 

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from tinyllama_lab.config.lora import LoraConfig
 from tinyllama_lab.core.context import WorkerContext
 from tinyllama_lab.core.dataset.dataset import Example
 from tinyllama_lab.core.engines.base import Adapter, Engine, WorkItem
@@ -20,8 +19,7 @@ from tinyllama_lab.core.engines.generate import inner_size
 from tinyllama_lab.core.engines.packed.attention import LONGEST_FUSED, LONGEST_KEPT
 from tinyllama_lab.core.engines.packed.head import logits_mib
 from tinyllama_lab.core.evaluation.load import ScoringLoad
-from tinyllama_lab.core.meter import HEAP_GAPS, free_mib, heap_gaps, kept_mib
-from tinyllama_lab.core.models import lora
+from tinyllama_lab.core.meter import free_mib, kept_mib
 from tinyllama_lab.core.models.heads import has_plain_head
 from tinyllama_lab.core.out_of_memory import is_out_of_memory, unless_out_of_memory
 from tinyllama_lab.core.training.micro_batch import SIZES
@@ -31,19 +29,19 @@ FEWEST_TOKENS = 256  # smaller micro-batches waste more time than a smaller pack
 MEASURED_TOKENS = 256  # of an example, where every token keeps as much
 BLOCKS_IN_HAND = 2  # gradients of the block in backward, in units of its kept activations
 HEAP_SLACK = 1.25  # tensors of changing sizes leave gaps in the C library's heap
-MOST_GAPS = 1.25  # of a step's activations; the most that was measured in long runs
-# in addition, where more is freed than activations
-UNEVEN_GAPS, DROPOUT_GAPS, PEFT_INT8_GAPS = 0.25, 0.5, 1.0
-PEAKS_VARY = 1.01  # the same pack takes a few percent more or less; told is rather too much
-LIBRARIES_MIB = 10  # that the first pass on a CPU loads
-BACKWARD_MIB = 25  # the same of the first backward pass and optimizer step
-TRAINED_MIB = 15  # of these, what is still there in scoring
+# Gaps in the heap, as a share of a step's activations. Micro-batches differ in their lengths, and
+# what one has freed rarely fits the next, until the worker returns it (`PeakMemory.before_batch`).
+# Measured in packs of SmolLM2 on one Xeon; docs/plan.md has the errors.
+GAPS, MOST_GAPS = 0.29, 0.74  # with every doubling of the micro-batches, and at most
+PEFT_GAPS = 0.37  # in addition: of what transformers computes for one adapter
+SCORED_GAPS = 1.2  # of several batches in scoring
+PEAKS_VARY = 1.02  # the same pack takes a few percent more or less; told is rather too much
 # of the compiled matmuls: those of a micro-batch of new lengths, and the mean of one that is kept
-SHAPE_KERNELS_MIB, KERNEL_MIB = 9, 0.8
-MASK_BYTES = 4 * 8  # of a value of a dropout mask: integers that are mixed
+SHAPE_KERNELS_MIB, KERNEL_MIB = 11, 0.8
+PINNED = 2  # times the kernels: those that came in training lie between what it has freed
 # of bitsandbytes for each weight of the largest matrix, on a CPU; int8 through PEFT
 FOUR_BIT_BYTES, INT8_BYTES = 44, 88
-SCORES_IN_HAND = 3  # of attention: scores, probabilities and their gradient
+SCORES_IN_HAND = 2  # of attention: probabilities and their gradient
 INITIAL_BYTES = 4  # a parameter: PEFT's initial values, which the packed engine keeps once
 PASS_BLOCKS = 6  # tensors of a pass without gradients, in units of a block's kept activations
 CACHE_COPIES = 4  # of keys and values: dropping finished rows copies them, and leaves gaps
@@ -61,11 +59,10 @@ class Planner:
         self._mib_per_token: float | None = None
         self._predicted_mib = 0.0
         self._longest_tokens = 1
-        self._largest_tokens = self._more_shapes = 0
+        self._largest_tokens = self._micro_batches = self._passed_over = 0
         self._shapes: set[int] = set()  # tokens of the micro-batches so far
         self._scored_shapes: set[int] = set()  # the same in scoring
         self.checkpointing = context.hardware.gradient_checkpointing
-        self._dropout_inputs = 0  # the widest input that adapters mask
         self.max_concurrent: int | None = engine.max_concurrent
         self._fitting_tokens: int | None = None  # of a micro-batch that had to shrink
         self.micro_batch_sizes: list[int] = []  # for which there is memory, if one may be chosen
@@ -188,15 +185,9 @@ class Planner:
         """Return whether an adapter that could not be added may fit once some others have left."""
         return is_out_of_memory(error) and adapters > 0
 
-    def note_dropout(self, config: LoraConfig) -> None:
-        """Count the dropout masks of an adapter that will train; PEFT's are too small to count."""
-        if config.dropout and self._is_packed:
-            shapes = lora.target_shapes(self._context.base.model, config).values()
-            self._dropout_inputs = max(self._dropout_inputs, *(s.inputs for s in shapes))
-
-    def pass_over(self, shapes: int) -> None:
+    def pass_over(self, micro_batches: int) -> None:
         """Count micro-batches of other lengths that are not predicted one by one."""
-        self._more_shapes += shapes
+        self._passed_over += micro_batches
 
     def predict(self, adapters: Sequence[float], micro_batches: Sequence[int]) -> None:
         """Predict the peak of a step and keep the highest.
@@ -209,8 +200,9 @@ class Planner:
         self._largest_tokens = max(self._largest_tokens, tokens)
         held = self._baseline_mib + sum(adapters)
         self._shapes.update(micro_batches)
+        self._micro_batches += len(micro_batches)
         if self._context.base.device.type == "cpu":
-            step = held + self._step_on_cpu_mib(adapters, tokens, len(micro_batches))
+            step = held + self._step_on_cpu_mib(adapters, tokens)
             peak = PEAKS_VARY * max(step, self._measuring_mib(adapters[0]))
         else:
             peak = held + self._activations_mib(tokens)
@@ -226,7 +218,7 @@ class Planner:
             tokens = min(tokens, MEASURED_TOKENS)
         kept, block = self._kept_mib(tokens, checkpointing=False)
         passes = PASS_BLOCKS * block + self._scores_mib(tokens, tokens) + self._logits_mib(tokens)
-        held = self._baseline_mib + adapter_mib + self._libraries_mib([adapter_mib])
+        held = self._baseline_mib + adapter_mib + self._overhead_mib([adapter_mib])
         return held + kept + passes
 
     def predict_checks(self, adapters: Sequence[float], load: ScoringLoad) -> None:
@@ -246,10 +238,10 @@ class Planner:
         tokens_of = {sum(len(example.ids) for example in batch) for batch in load.batches}
         self._scored_shapes |= tokens_of
         # scoring leaves its tensors in the heap, where generation finds no room
-        gaps = HEAP_GAPS if len(load.batches) > 2 else 0.0
+        gaps = SCORED_GAPS if len(load.batches) > 2 else 0.0
         passes = max(self._pass_mib(batch, gaps) for batch in load.batches)
-        libraries = self._libraries_mib(adapters) + TRAINED_MIB
-        return held + libraries + passes + CACHE_COPIES * load.cache_mib
+        overhead = self._overhead_mib(adapters, pinned=1)
+        return held + overhead + passes + CACHE_COPIES * load.cache_mib
 
     def _pass_mib(self, batch: Sequence[Example], gaps: float) -> float:
         """Return MiB of a forward pass that keeps nothing, on a CPU."""
@@ -259,7 +251,8 @@ class Planner:
         labels = sum(example.labels for example in batch)
         in_chunks = self._is_packed and has_plain_head(self._context.base.model)
         logits = self._logits_mib(labels) if in_chunks else self._whole_logits_mib(labels)
-        return (1 + gaps) * (PASS_BLOCKS * block + self._scores_mib(tokens, longest)) + logits
+        scores = SCORES_IN_HAND * self._scores_mib(tokens, longest)
+        return (1 + gaps) * (PASS_BLOCKS * block + scores) + logits
 
     def predicted(self) -> dict[str, float]:
         """Return the highest predicted peak so far, as a metric in MiB."""
@@ -294,44 +287,24 @@ class Planner:
             count += 1
         return count
 
-    def _step_on_cpu_mib(
-        self, adapters: Sequence[float], tokens: int, micro_batches: int
-    ) -> float:
+    def _step_on_cpu_mib(self, adapters: Sequence[float], tokens: int) -> float:
         """Return MiB of a step beside base and adapters, without the reserve of a plan."""
         kept, block = self._kept_mib(tokens, self.checkpointing)
-        gaps = min(heap_gaps(micro_batches, self._shape_count) + self._uneven_gaps(), MOST_GAPS)
-        # twice: as much again was measured where backward runs the blocks' passes once more
-        head = self._logits_mib(tokens) + BACKWARD_MIB * (2 if self.checkpointing else 1)
+        micro_batches = max(1, self._micro_batches + self._passed_over)
+        gaps = min(GAPS * math.log2(micro_batches), MOST_GAPS)
+        gaps += 0 if self._is_packed else PEFT_GAPS
         kept += (PASS_BLOCKS if self.checkpointing else BLOCKS_IN_HAND) * block
-        kept += self._masks_mib(tokens)
         kept += SCORES_IN_HAND * self._scores_mib(tokens, self._longest_tokens)
-        return (1 + gaps) * kept + head + self._libraries_mib(adapters)
-
-    def _masks_mib(self, tokens: int) -> float:
-        """Return MiB of the dropout mask of a module's input, while it is made."""
-        return MASK_BYTES * tokens * self._dropout_inputs / MIB
+        return (1 + gaps) * kept + self._logits_mib(tokens) + self._overhead_mib(adapters)
 
     @property
     def _widths(self) -> tuple[int, int]:
         config = self._context.base.model.config
         return config.hidden_size, inner_size(config)
 
-    def _uneven_gaps(self) -> float:
-        """Return what is added to `heap_gaps` where something else is freed in between.
-
-        That is dequantized weights, attention scores of long rows, dropout masks, or what
-        transformers computes for PEFT's engine.
-        """
-        if not self._is_packed:
-            return PEFT_INT8_GAPS if self._is_int8 else UNEVEN_GAPS
-        if self._dropout_inputs:
-            return DROPOUT_GAPS
-        is_long = self._longest_tokens > LONGEST_KEPT
-        return UNEVEN_GAPS if self._is_quantized or is_long else 0.0
-
     @property
     def _shape_count(self) -> int:
-        return max(1, len(self._shapes) + self._more_shapes)
+        return max(1, len(self._shapes) + self._passed_over)
 
     @property
     def _is_packed(self) -> bool:
@@ -345,13 +318,13 @@ class Planner:
     def _is_int8(self) -> bool:
         return bool(getattr(self._context.base.model, "is_loaded_in_8bit", False))
 
-    def _libraries_mib(self, adapters: Sequence[float]) -> float:
-        """Return MiB of libraries and their kernels, and of the last initial values."""
+    def _overhead_mib(self, adapters: Sequence[float], pinned: int = PINNED) -> float:
+        """Return MiB of compiled kernels, of the last initial values, and of dequantizing."""
         initial = max(adapters, default=0.0) * INITIAL_BYTES / self._engine.parameter_bytes
-        kept = KERNEL_MIB * self._context.kernels
+        kept = pinned * KERNEL_MIB * self._context.kernels
         shapes = self._shape_count + len(self._scored_shapes - self._shapes)
         kernels = min(SHAPE_KERNELS_MIB * shapes, kept)
-        return LIBRARIES_MIB + kernels + initial + self._is_quantized * self._dequantizing_mib()
+        return kernels + initial + self._is_quantized * self._dequantizing_mib()
 
     def _dequantizing_mib(self) -> float:
         """Return MiB that making the largest matrix dense takes beside the result."""

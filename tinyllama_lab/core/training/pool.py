@@ -178,7 +178,6 @@ class Pool:
         # assume that later trials of the stream are as large as the largest
         if self._context.stream is not None and self._engine.max_concurrent is None:
             sizes += [max(sizes)] * (self._context.stream.max_concurrent - len(sizes))
-        self._planner.note_dropout(science.lora)
         adapter = self._engine.add(science.lora, science.seed, attempt.rows_to_read)
         try:
             # once, with the first adapter: the memory of others in its pack is computed from sizes
@@ -238,7 +237,7 @@ class Pool:
         """Take one step with every trainer, in micro-batches of the best size."""
         round_tokens = sum(len(each.ids) for trainer in trainers for each in trainer.batch)
         tokens = self._size.next(round_tokens, self._planner.micro_batch_sizes)
-        return train_round(self._engine, trainers, tokens, self._context.between_batches)
+        return train_round(self._engine, trainers, tokens, self._context.before_batch)
 
     def _learn(self, outcome: Round, members: Sequence[Member]) -> None:
         """Note what a round says about speed and memory."""
