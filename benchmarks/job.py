@@ -77,6 +77,7 @@ class Setup:
     device: str
     quant: str = "none"
     lora_variant: str = "lora"
+    own_pass: bool = True  # of this project, where it has one for the architecture
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,11 @@ def parser() -> argparse.ArgumentParser:
         default="lora",
         help="as lora.variant= of a sweep (default lora)",
     )
+    made.add_argument(
+        "--transformers-pass",
+        action="store_true",
+        help="ours in transformers' own forward pass, also for a Llama",
+    )
     made.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     made.add_argument("--only", default=",".join(STAGES), help="some of: %(default)s")
     made.add_argument("--arms", default=",".join(ARMS), help="some of: %(default)s")
@@ -95,6 +100,7 @@ def options(arguments: argparse.Namespace) -> Options:
         eval_rows=arguments.eval_rows or eval_rows,
         device=device,
         lora_variant=arguments.lora_variant,
+        own_pass=not arguments.transformers_pass,
     )
     return Options(
         setup=setup,

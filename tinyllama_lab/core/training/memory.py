@@ -41,6 +41,7 @@ SHAPE_KERNELS_MIB, KERNEL_MIB = 11, 0.8
 PINNED = 2  # times the kernels: those that came in training lie between what it has freed
 # of bitsandbytes for each weight of the largest matrix, on a CPU; int8 through PEFT
 FOUR_BIT_BYTES, INT8_BYTES = 44, 88
+TRAINED_MIB = 8  # that backward passes have loaded, and that is still there in scoring
 SCORES_IN_HAND = 2  # of attention: probabilities and their gradient
 INITIAL_BYTES = 4  # a parameter: PEFT's initial values, which the packed engine keeps once
 PASS_BLOCKS = 6  # tensors of a pass without gradients, in units of a block's kept activations
@@ -240,7 +241,7 @@ class Planner:
         # scoring leaves its tensors in the heap, where generation finds no room
         gaps = SCORED_GAPS if len(load.batches) > 2 else 0.0
         passes = max(self._pass_mib(batch, gaps) for batch in load.batches)
-        overhead = self._overhead_mib(adapters, pinned=1)
+        overhead = TRAINED_MIB + self._overhead_mib(adapters, pinned=1)
         return held + overhead + passes + CACHE_COPIES * load.cache_mib
 
     def _pass_mib(self, batch: Sequence[Example], gaps: float) -> float:
