@@ -76,11 +76,18 @@ def options(arguments: argparse.Namespace) -> Options:
     """Return the options of a run, with the defaults for this machine.
 
     Raises:
-        BenchmarkError: TRL is not installed, or a stage or an arm does not exist.
+        BenchmarkError: TRL is not installed, a stage or an arm does not exist, or a stage cannot
+            take transformers' own pass.
     """
     if importlib.util.find_spec("trl") is None:
         raise BenchmarkError(
             "the peers need the package trl, which is not installed; run pip install '.[bench]'"
+        )
+    only = _some("--only", arguments.only, STAGES)
+    if arguments.transformers_pass and (commands := {"sweep", "memory"} & set(only)):
+        raise BenchmarkError(
+            "--transformers-pass must go without stages that run the command itself, got "
+            f"{', '.join(sorted(commands))}; add --only throughput,nf4,regime"
         )
     device = arguments.device
     if device == "auto":
@@ -107,7 +114,7 @@ def options(arguments: argparse.Namespace) -> Options:
         batch_size=arguments.batch,
         quick=arguments.quick,
         repeats=arguments.repeats or (1 if arguments.quick else 3),
-        only=_some("--only", arguments.only, STAGES),
+        only=only,
         arms=_some("--arms", arguments.arms, ARMS),
         variant=arguments.p3 or ("hf-sdpa" if arguments.quick else "auto"),
         most=arguments.most,

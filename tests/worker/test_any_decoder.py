@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from itertools import takewhile
 from typing import Any
@@ -12,13 +13,23 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tests.decoders import DECODERS, WAYS, decoder, packed_engine
-from tests.llamas import base_of, example, examples, gradients, items_of, make_b_random, settings
+from tests.llamas import (
+    SIZES,
+    base_of,
+    example,
+    examples,
+    gradients,
+    items_of,
+    make_b_random,
+    settings,
+)
 from tinyllama_lab.config.lora import LoraConfig
 from tinyllama_lab.core.dataset.dataset import Example
 from tinyllama_lab.core.engines.base import WorkItem
-from tinyllama_lab.core.engines.packed import any_decoder
+from tinyllama_lab.core.engines.packed import any_decoder, attention
 from tinyllama_lab.core.engines.packed.any_decoder import AnyDecoder
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
+from tinyllama_lab.core.engines.packed.linear import PackedLinear
 from tinyllama_lab.core.engines.peft import PeftEngine
 from tinyllama_lab.core.training import pack_check as check
 
@@ -79,6 +90,11 @@ def test_norms_are_fused_where_that_computes_the_same(name: str, fused: bool) ->
     model = decoder(name).bfloat16()
     norms = [module for key, module in model.named_modules() if key.endswith(("norm", "ln_f"))]
     assert [any_decoder.rms_norm_like(norm) is not None for norm in norms] == [fused] * len(norms)
+    # a plan has no weights
+    described = [
+        any_decoder.rms_norm_like(norm) for norm in copy.deepcopy(model).to("meta").modules()
+    ]
+    assert sum(norm is not None for norm in described) == fused * len(norms)
     for norm in norms if fused else ():
         source = torch.randn(7, len(norm.weight)).bfloat16()
         expected = norm(source).float()
@@ -87,19 +103,80 @@ def test_norms_are_fused_where_that_computes_the_same(name: str, fused: bool) ->
         torch.testing.assert_close(found, expected, rtol=2**-7, atol=0)
 
 
+class Gated(nn.Module):
+    """The norm of some layers without attention."""
+
+    def __init__(self, **changes: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8))
+        self.eps, self.real = 1e-5, {"eps": 1e-5, "limit": 1e9, **changes}
+
+    def forward(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        x = x.clamp(-self.real["limit"], self.real["limit"])
+        x = x * gate if gate is not None else x
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.real["eps"])
+
+
+def test_a_norm_is_recognized_by_all_that_it_does() -> None:
+    assert any_decoder.rms_norm_like(Gated())
+    assert not any_decoder.rms_norm_like(Gated(eps=1e-12))  # another than it says
+    assert not any_decoder.rms_norm_like(Gated(limit=10))
+    gated = Gated()
+    norm = any_decoder.rms_norm_like(gated)
+    x, gate = torch.randn(3, 8), torch.rand(3, 8)
+    assert torch.equal(any_decoder._normed(norm, gated.forward, x, gate), gated(x, gate))
+
+
+@pytest.mark.parametrize(("name", "together"), [("granite", 4), ("phi3", 4), ("gemma2", 4)])
+def test_layers_that_read_one_input_are_one_product(
+    name: str, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Granite's q, k, v and its gate, up; Phi 3 has joined them itself."""
+    model, calls = decoder(name), []
+    engine = packed_engine(model, ours=False)
+    plain = PackedLinear.__call__
+    monkeypatch.setattr(PackedLinear, "__call__", lambda *args: calls.append(args) or plain(*args))
+    engine.example_losses(items_of(None, [example(9)]))
+    assert len(calls) == together * model.config.num_hidden_layers
+
+
+def test_a_model_may_change_the_outputs_of_its_layers() -> None:
+    """OLMo limits queries, keys and values in place."""
+    sizes = {**SIZES, "clip_qkv": 0.5}
+    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model("olmo", **sizes))
+    assert check.why_not_packed(base_of(model.requires_grad_(False).eval())) is None
+
+
+def test_heads_of_an_odd_size_are_packed() -> None:
+    assert check.why_not_packed(base_of(decoder("gpt2", hidden_size=20))) is None
+
+
+@pytest.mark.parametrize("length", [200, 1100])
+def test_recomputed_blocks_keep_nothing_of_their_attention(
+    length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph of its own, which long rows have elsewhere, would outlive the forward pass."""
+    model = decoder("granite", max_position_embeddings=2048)
+    engine = packed_engine(model, ours=False)
+    engine.checkpoint_activations(True)
+    monkeypatch.setattr(attention, "_Graph", None)
+    engine.example_losses(items_of(engine.add(settings(), 0), [example(length)])).sum().backward()
+
+
 def test_layers_that_could_share_a_product_may_read_other_inputs() -> None:
     model = decoder("llama")
     engine, rows = packed_engine(model, ours=False), examples((5, 9))
     adapter = engine.add(settings(), 0)
     make_b_random(adapter)
     items: list[WorkItem[Any]] = [*items_of(adapter, rows), *items_of(None, rows)]
-    attention: Any = model.get_submodule("model.layers.0.self_attn")
-    plain = type(attention).forward
+    block: Any = model.get_submodule("model.layers.0.self_attn")
+    plain = type(block).forward
 
     def swapped(module: Any, hidden_states: torch.Tensor, **named: Any) -> Any:
         """Queries and keys of other tensors, and twice; values before both."""
         module.v_proj(hidden_states)
-        module.q_proj(2 * hidden_states)
+        twice = module.q_proj(2 * hidden_states)
+        torch.testing.assert_close(twice, 2 * module.q_proj(hidden_states))
         keys = module.k_proj(hidden_states)
         assert torch.equal(keys, module.k_proj(hidden_states.clone()))
         assert torch.equal(keys, module.k_proj(hidden_states))
@@ -107,7 +184,7 @@ def test_layers_that_could_share_a_product_may_read_other_inputs() -> None:
 
     expected = engine.example_losses(items)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(attention), "forward", swapped)
+        patch.setattr(type(block), "forward", swapped)
         assert torch.equal(engine.example_losses(items), expected)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import peft
 import pytest
 import torch
 
+from tests.decoders import decoder, packed_engine
 from tests.llamas import base_of, example, llama, settings
 from tinyllama_lab.config.lora import LoraConfig
 from tinyllama_lab.config.schema import HardwareConfig, ModelConfig, Science, part
@@ -157,6 +159,22 @@ def test_settings_of_single_layers_are_forecast(
     """Activations are those of a model of one or two layers, where no layer has its number."""
     need = forecaster(hardware, 900.0).need(Trial(science(configure, **UNSCORED, **changes), ROWS))
     assert need.training > 0
+
+
+@pytest.mark.parametrize("name", ["olmo2", "gemma2"])
+def test_other_decoders_are_forecast_too(
+    name: str, configure: Any, hardware: Hardware, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What tokens keep is that of the loaded base, whose norms are found by trying them."""
+    model = decoder(name)
+    monkeypatch.setattr(sys.modules[__name__], "llama", lambda **changes: model)
+    found = forecaster(hardware, 900.0)
+    assert found.forecast([Trial(science(configure), ROWS)]).fits == [True]
+    config = lora(targets="all_linear")
+    traced = kept_mib_per_token(outline(), config, example(90, prompt=45), True, False)
+    assert traced == pytest.approx(
+        measured(packed_engine(model, False), hardware, config, 90), rel=0.01
+    )
 
 
 def test_rows_on_a_gpu_keep_no_attention_probabilities() -> None:

@@ -14,7 +14,7 @@ from tests.llamas import base_of, example, examples, gradients, items_of, llama,
 from tests.worker.test_packed_linear import Named, nonzero_adapters, peft_gradients, same
 from tinyllama_lab.config.lora import LoraConfig
 from tinyllama_lab.core.engines.base import WorkItem
-from tinyllama_lab.core.engines.packed import fused_gpu
+from tinyllama_lab.core.engines.packed import elementwise, fused_gpu
 from tinyllama_lab.core.engines.packed.batch import lay_out
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
 from tinyllama_lab.core.engines.packed.segments import Segments
@@ -157,6 +157,16 @@ def test_the_norm_and_its_gradient() -> None:
     found, rstd = fused_gpu.rms_norm(plain, weight, 1e-5)
     torch.testing.assert_close(found, expected.detach())
     torch.testing.assert_close(fused_gpu.rms_norm_backward(grad, plain, weight, rstd), source.grad)
+
+
+@interpreted
+def test_a_norm_of_columns_reads_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OLMo 2 norms the queries of a joint product."""
+    joint, weight = random(5, 80), random(48, seed=1)
+    expected = functional.rms_norm(joint[:, :48], (48,), weight, 1e-5)
+    monkeypatch.setattr(elementwise, "_loops", lambda *tensors: fused_gpu)
+    found = elementwise.NormAlone.apply(joint[:, :48], elementwise.RmsNorm(weight, 1e-5))
+    torch.testing.assert_close(found, expected)
 
 
 @interpreted

@@ -106,8 +106,10 @@ def test_a_micro_batch_larger_than_all_others_finds_no_gaps(heap: Heap) -> None:
         memory.before_batch(tokens)  # as large, and there are no gaps yet
         assert heap.returned == before
     memory.reset()
-    heap.batch(900.0)
-    memory.before_batch(200)  # the largest since the reset
+    memory.before_batch(200)  # the largest since the reset, though not of all
+    heap.batch(200)
+    heap.batch(200)
+    memory.before_batch(300)
     assert heap.resident_mib == heap.base_mib
 
 

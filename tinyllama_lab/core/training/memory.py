@@ -42,7 +42,7 @@ PINNED = 2  # times the kernels: those that came in training lie between what it
 # of bitsandbytes for each weight of the largest matrix, on a CPU; int8 through PEFT
 FOUR_BIT_BYTES, INT8_BYTES = 44, 88
 TRAINED_MIB = 8  # that backward passes have loaded, and that is still there in scoring
-SCORES_IN_HAND = 2  # of attention: probabilities and their gradient
+SCORES_IN_HAND = 2  # of attention: scores and probabilities, or these and their gradient
 INITIAL_BYTES = 4  # a parameter: PEFT's initial values, which the packed engine keeps once
 PASS_BLOCKS = 6  # tensors of a pass without gradients, in units of a block's kept activations
 CACHE_COPIES = 4  # of keys and values: dropping finished rows copies them, and leaves gaps

@@ -63,6 +63,8 @@ few kernels; `decode.py` generates tokens with a cache of keys and values; `llam
 model, and `engine.py` is what the training loop sees.
 
 All of this is the pass of Llama. Other decoders run in transformers' own forward pass
-(`any_decoder.py`): its linear layers are those of `linear.py`, its attention is `apart.py`.
-`training/pack_check.py` tries it on a base before it is used.
+(`any_decoder.py`). Its linear layers are those of `linear.py`, joined where their names say that
+they read one input, and its RMS norms those of `elementwise.py`. Attention is that of
+`attention.py` or, with sliding windows, capped scores, long rows or on a GPU, of `apart.py`.
+`training/pack_check.py` tries all this on a base before it is used.
 """

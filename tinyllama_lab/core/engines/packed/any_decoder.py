@@ -2,7 +2,8 @@
 
 The sequences of all adapters lie end to end in one row of tokens, each with its own positions.
 Linear layers add to every token what its adapter adds, and attention, which transformers takes
-from a registry, keeps sequences apart. So nothing of an architecture is written here again.
+from a registry, keeps sequences apart. So nothing of an architecture is written here again. What
+many of them share is faster: norms, attention, and products of layers that read one input.
 """
 
 from __future__ import annotations
@@ -38,10 +39,8 @@ from tinyllama_lab.core.models.heads import has_plain_head
 from tinyllama_lab.core.models.loading import Base
 
 ATTENTION = "packed_sequences"  # its name in transformers' registry
-_TOGETHER: tuple[tuple[str, ...], ...] = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("gate_proj", "up_proj"),
-)  # that read one input
+# names of layers that read one input in most architectures; in others nothing is joined
+_TOGETHER: tuple[tuple[str, ...], ...] = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class UnknownPassError(Exception):
@@ -142,12 +141,12 @@ class AnyDecoder:
         self._wrapped.append(module)
 
     def _wrap_linears(
-        self, parent: str, module: nn.Module, names: Sequence[str], keep_dequantized: bool
+        self, path: str, parent: nn.Module, names: Sequence[str], keep_dequantized: bool
     ) -> None:
         """Wrap children of a module that read the same input."""
-        children: list[Any] = [getattr(module, name) for name in names]
+        children: list[Any] = [getattr(parent, name) for name in names]
         numbers = range(len(self.module_numbers), len(self.module_numbers) + len(names))
-        paths = [f"{parent}.{name}" for name in names]
+        paths = [f"{path}.{name}".lstrip(".") for name in names]
         self.module_numbers |= dict(zip(paths, numbers, strict=True))
         weight: Any
         if has_own := _has_own_product(children[0]):
@@ -234,28 +233,36 @@ def _forward_of(module: nn.Module) -> Callable[..., Any]:
 def rms_norm_like(module: Any) -> RmsNorm | None:
     """Return the fused loop that computes the same as a module; None if there is none.
 
-    Architectures have classes of their own for it, so it is tried on a few numbers.
+    Architectures have classes of their own for it, so it is tried on a few numbers. In half
+    precision, the loop rounds once more than some of them.
     """
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     weight = getattr(module, "weight", None)
     if not isinstance(eps, float) or weight is None or weight.dim() != 1:
         return None
-    if len(list(module.parameters())) > 1:
+    if len(list(module.parameters())) > 1 or list(module.buffers()):
         return None
-    # in float32, where the two differ by rounding alone
-    exact, generator = copy.deepcopy(module).float(), torch.Generator().manual_seed(0)
-    source = torch.randn(3, len(weight), generator=generator).to(weight.device)
-    with torch.no_grad():
-        found, expected = RmsNorm(exact.weight, eps).forward(source)[0], exact(source)
+    # on the CPU and with other weights: a plan has none, and no memory of them
+    own = copy.deepcopy(module).float().to_empty(device="cpu").requires_grad_(False)
+    own.weight.copy_(torch.linspace(0.5, 1.5, len(weight)))
+    generator = torch.Generator().manual_seed(0)
+    # of several scales, so that the epsilon and limits of values would show
+    source = torch.randn(4, len(weight), generator=generator)
+    source *= torch.tensor([[1e-4], [1e-2], [1.0], [1e3]])
+    try:
+        expected = type(module).forward(own, source)
+    except Exception:  # it takes more than one tensor, so it is no such norm
+        return None
+    found = RmsNorm(own.weight, eps).forward(source)[0]
     same = torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
     return RmsNorm(weight, eps) if same else None
 
 
 def _normed(
-    norm: RmsNorm, forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
+    norm: RmsNorm, forward: Callable[..., torch.Tensor], x: torch.Tensor, *args: Any, **named: Any
 ) -> torch.Tensor:
-    if _PASS.get() is None:
-        return forward(x)
+    if _PASS.get() is None or args or named:  # such as a gate
+        return forward(x, *args, **named)
     result: torch.Tensor = NormAlone.apply(x.reshape(-1, x.shape[-1]), norm)
     return result.view(x.shape)
 
@@ -270,12 +277,21 @@ def _linear_children(module: nn.Module, but: nn.Module) -> Iterator[tuple[str, .
     while linear:
         first = next(iter(linear))
         names = next((names for names in _TOGETHER if first == names[0]), (first,))
-        children = [linear.get(name) for name in names]
-        is_joint = len({type(child) for child in children}) == 1 and None not in children
-        if not is_joint or any(map(_has_own_product, children)):
+        children: list[Any] = [linear.get(name) for name in names]
+        if None in children or not _can_be_joint(children):
             names = (first,)
         yield names
         linear = {name: child for name, child in linear.items() if name not in names}
+
+
+def _can_be_joint(modules: Sequence[Any]) -> bool:
+    """Return whether one product can stand for linear layers."""
+    kinds = {(type(module), module.weight.dtype, _inputs(module)) for module in modules}
+    return len(kinds) == 1 and not any(map(_has_own_product, modules))
+
+
+def _inputs(module: nn.Linear | Conv1D) -> int:
+    return module.nx if isinstance(module, Conv1D) else module.in_features
 
 
 def _has_own_product(module: Any) -> bool:
@@ -298,7 +314,10 @@ class _OwnWeight:
 
 @dataclass(frozen=True, eq=False)
 class _Linears:
-    """Linear layers that read the same input, one after another, as one product."""
+    """Linear layers that read the same input, one after another, as one product.
+
+    Outputs that nobody has taken stay until the end of a pass, or until the input is another.
+    """
 
     packed: PackedLinear
     forwards: list[Callable[[torch.Tensor], torch.Tensor]]  # their own
@@ -323,7 +342,21 @@ class _Linears:
             y: torch.Tensor = _Added.apply(own, rows, self.packed, batch)
         else:
             y = self.packed(rows, batch)
-        return y.view(*x.shape[:-1], y.shape[-1]).split(self.packed.weight.outputs, dim=-1)
+        y = y.view(*x.shape[:-1], y.shape[-1])
+        sizes = self.packed.weight.outputs
+        return [y] if len(sizes) == 1 else _Apart.apply(y, sizes)
+
+
+class _Apart(torch.autograd.Function):
+    """The columns of a joint product as tensors of their own, which a model may change."""
+
+    @staticmethod
+    def forward(ctx: Any, joint: torch.Tensor, sizes: list[int]) -> tuple[torch.Tensor, ...]:
+        return tuple(part.clone() for part in joint.split(sizes, dim=-1))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return torch.cat(grads, dim=-1), None
 
 
 # what they read, and the outputs by number

@@ -53,14 +53,21 @@ class Sequences:
             buckets.append(tokens.to(device, non_blocking=True))
         return cls(batch, buckets, back.to(device, non_blocking=True))
 
-    def plan(self, heads: Heads, dtype: torch.dtype) -> AttentionPlan:
-        """Return the plan of attention for queries and keys that have their positions already."""
+    def plan(self, heads: Heads, dtype: torch.dtype) -> AttentionPlan | None:
+        """Return the plan of `attend` for queries and keys that have their positions already.
+
+        None where it would take PyTorch's kernel, with a graph of its own: on GPUs, and for long
+        rows. Heads of an odd size cannot be rotated.
+        """
+        device = self.batch.ids.device
+        if device.type != "cpu" or heads.size % 2:
+            return None
         if heads not in self._plans:
-            shape = max(self.batch.lengths), heads.size
-            # those of position 0
-            cos = torch.ones(shape, dtype=dtype, device=self.batch.ids.device)
+            # cosines and sines of position 0
+            cos = torch.ones(max(self.batch.lengths), heads.size, dtype=dtype)
             self._plans[heads] = plan_attention(self.batch, heads, cos, torch.zeros_like(cos))
-        return self._plans[heads]
+        plan = self._plans[heads]
+        return plan if all(bucket.is_plain for bucket in plan.buckets) else None
 
 
 def attend_apart(
@@ -86,10 +93,10 @@ def attend_apart(
     heads = [x[0].transpose(0, 1) for x in (query, key, value)]
     sees_all = window is None or max(sequences.batch.lengths) <= window
     if sees_all and softcap is None and key.shape == value.shape:
-        joint = torch.cat([x.flatten(1) for x in heads], dim=1)
         numbers = Heads(query.shape[1], key.shape[1], query.shape[3], scaling)
-        output = attend(joint, sequences.plan(numbers, joint.dtype))
-        return output.view(1, len(joint), *query.shape[1::2])
+        if plan := sequences.plan(numbers, query.dtype):
+            output = attend(torch.cat([x.flatten(1) for x in heads], dim=1), plan)
+            return output.view(1, len(output), numbers.queries, numbers.size)
     results = []
     for tokens in sequences.buckets:
         q, k, v = (x[tokens].transpose(1, 2) for x in heads)

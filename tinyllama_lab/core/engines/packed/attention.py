@@ -33,12 +33,12 @@ class Heads:
     queries: int
     keys: int  # and as many values
     size: int
-    scale: float | None = None  # of the scores; None for 1 / sqrt(size)
+    scaling: float | None = None  # None for 1 / sqrt(size)
 
     @property
-    def factor(self) -> float:
+    def scale(self) -> float:
         """Return what scores are multiplied with."""
-        return 1 / math.sqrt(self.size) if self.scale is None else self.scale
+        return 1 / math.sqrt(self.size) if self.scaling is None else self.scaling
 
     @property
     def all(self) -> int:
@@ -178,10 +178,10 @@ class _Attend(torch.autograd.Function):
                 keep(number, keys, values)
             probabilities = graph = None
             if not bucket.is_plain:
-                graph = _Graph((queries, keys, values), heads.factor, ctx.needs_input_grad[0])
+                graph = _Graph((queries, keys, values), heads.scale, ctx.needs_input_grad[0])
                 result = graph.result.detach()
             else:
-                probabilities = _probabilities(queries, keys, heads.factor, bucket)
+                probabilities = _probabilities(queries, keys, heads.scale, bucket)
                 result = (probabilities @ values.flatten(0, 1)).view_as(queries)
             bucket.put(result, output, plan.rotary)
             is_kept = probabilities is not None and bucket.longest <= LONGEST_KEPT
@@ -203,7 +203,7 @@ class _Attend(torch.autograd.Function):
             if (graph := ctx.graphs[number]) is not None:
                 gradients = graph.backward(outer)
             else:
-                gradients = _backward(outer, inputs, probabilities, heads.factor, bucket)
+                gradients = _backward(outer, inputs, probabilities, heads.scale, bucket)
             for gradient, part, turn in zip(gradients, parts, (-1, -1, 0), strict=True):
                 bucket.put(gradient, part, plan.rotary, turn)
         return result, None, None

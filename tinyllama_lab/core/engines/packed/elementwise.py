@@ -75,6 +75,7 @@ class NormAlone(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, source: torch.Tensor, norm: RmsNorm) -> torch.Tensor:
+        source = source.contiguous()  # the loops read row after row
         x, rstd = norm.forward(source)
         ctx.norm = norm
         ctx.save_for_backward(source, rstd)
@@ -82,7 +83,7 @@ class NormAlone(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return ctx.norm.backward(grad, *ctx.saved_tensors), None
+        return ctx.norm.backward(grad.contiguous(), *ctx.saved_tensors), None
 
 
 class SwiGlu:

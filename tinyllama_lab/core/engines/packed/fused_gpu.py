@@ -35,7 +35,9 @@ _NUMBERS = {"first": 0, "second": 1}
 
 def can_run(*tensors: torch.Tensor) -> bool:
     """Return whether these kernels take the tensors: they are on a GPU that Triton supports."""
-    return tensors[0].is_cuda and works_on(tensors[0].device, tensors[0].dtype)
+    # the kernels read row after row
+    is_whole = all(tensor.is_contiguous() for tensor in tensors)
+    return tensors[0].is_cuda and is_whole and works_on(tensors[0].device, tensors[0].dtype)
 
 
 def rms_norm(
