@@ -51,6 +51,7 @@ def test_one_answer_goes_to_standard_output_and_all_else_to_standard_error(
     assert "study tiny: r=4" in first.err
     assert re.search(r"\(\d+ tokens, .*first after \d+ ms, [\d,]+ MiB\)", first.err)
     assert "study" not in first.out
+    assert "(cut at tokens=6; for more: tokens=12)" in first.err
 
 
 def test_a_conversation_switches_between_adapters_and_the_base(
@@ -313,6 +314,8 @@ def test_a_second_measurement_keeps_what_the_first_one_found(
     main([*typed, "types=f16,q8_0"])
     assert (trial / "deploy" / "Modelfile").read_text().startswith("FROM ./model-q8_0.gguf\n")
     capsys.readouterr()
+    run(study, "merge", "trial=r=2", f"to={study.root / 'mine'}")
+    assert "measured already" in capsys.readouterr().err
     run(study, "gguf", "trial=r=2", "types=f16", "force=true")  # and it is not measured yet
     assert "not measured yet" in capsys.readouterr().err
     assert list(measured_of(trial)) == ["base", "adapter", "merged", "q8_0"]

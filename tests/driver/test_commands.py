@@ -176,6 +176,23 @@ def test_every_command_explains_itself(main: Callable[..., str], command: str) -
     assert f"python -m tinyllama_lab {command}" in text and text.count("\n") > 2
 
 
+@pytest.mark.parametrize(
+    ("typed", "hint"),
+    [
+        ("plam -m lora.r=8", "nor a command; did you mean 'plan'?"),
+        ("docter lora.r=8", "nor a command; did you mean 'doctor'?"),
+        ("chat study=quickstart", "; type python -m tinyllama_lab.deploy chat"),
+        ("chat --once hi", "; type python -m tinyllama_lab.deploy chat"),
+    ],
+)
+def test_a_word_that_is_no_command_names_one(typed: str, hint: str) -> None:
+    word = typed.split()[0]
+    with pytest.raises(ConfigError) as caught:
+        check_command(typed.split())
+    assert caught.value.problems[0].startswith(f"{word!r} is not of the form key=value")
+    assert caught.value.problems[0].endswith(hint)
+
+
 def test_tab_completion_is_that_of_the_console_script(main: Callable[..., str]) -> None:
     sys.argv[1:] = ["-sc", "install=bash"]
     arguments = command_line._for_hydra(["-sc", "install=bash"])

@@ -71,7 +71,7 @@ _PUSH = {"to": "", "private": "true", "license": ""}
 _DEPLOY = {**_GGUF, "types": "f16,q8_0,q4_0,q4_k_m", **_DEVICE}
 
 _LOOK_S, _BUSY_PERCENT = 0.5, 20
-_UNMEASURED = "not measured yet: the same command without merge or gguf does that"
+_UNMEASURED = "not measured yet: the same command without gguf does that"
 
 
 class Options:
@@ -188,14 +188,17 @@ def _merge(arguments: Sequence[str]) -> None:
     trial = options.selection().trial.row.trial
     from tinyllama_lab.deploy.export import export_merged
 
-    exports = Exports(trial.deploy_dir)
+    exports, form = Exports(trial.deploy_dir), ORIGINAL if into == "original" else MERGED
     own = exports.original_dir if into == "original" else exports.merged_dir
     target = user_path(options.text("to")) if options.text("to") else own
     if target.resolve() == own.resolve():
-        exports.forget_measured([ORIGINAL if into == "original" else MERGED])
+        exports.forget_measured([form])
     export_merged(trial, target, into, force)
     print(f"written: {target}")
-    say(_UNMEASURED)
+    if any(row.form == form for row in exports.read_measured()[0]):
+        say(f"measured already, for {own}: {exports.measured_file}")
+    else:
+        say("not measured yet: the same command without merge, to= and into= does that")
 
 
 def _wanted(options: Options) -> Wanted:

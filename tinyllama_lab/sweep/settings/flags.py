@@ -16,6 +16,7 @@ from tinyllama_lab.config.command import quoted, sweep_command
 from tinyllama_lab.config.validate import nearest
 from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.sweep.settings.compose import SEARCH_PATH, folders_in
+from tinyllama_lab.sweep.settings.unreadable import not_a_setting
 
 MULTIRUN = ("-m", "--multirun")
 DRY_RUN = "--dry-run"  # plans the command and starts nothing; Hydra never sees it
@@ -49,7 +50,9 @@ def read_flags(arguments: Sequence[str]) -> argparse.Namespace:
     except argparse.ArgumentError as error:
         raise ConfigError([_wrong_value(error)]) from None
     if unread:
-        raise ConfigError([_unread(unread, arguments)])
+        first = arguments[0]
+        is_word = "=" not in first and not first.startswith(("-", "~"))
+        raise ConfigError([not_a_setting(first) if is_word else _unread(unread, arguments)])
     return parsed
 
 

@@ -18,7 +18,8 @@ from tinyllama_lab.config.validate import known_keys, nearest
 from tinyllama_lab.sweep.settings.compose import groups
 from tinyllama_lab.sweep.settings.typed_paths import way_to_name, way_to_type
 
-COMMANDS = ("data", "ask", "evaluate", "report", "ui", "demo")
+COMMANDS = ("data", "ask", "plan", "doctor", "evaluate", "report", "track", "ui", "demo")
+_DEPLOY_COMMANDS = ("chat", "serve", "merge", "gguf", "card", "push", "deploy")
 _KEYS = frozenset(known_keys(config.Config))
 # names of other libraries and short names, and the settings that they mean here
 ALIASES = {
@@ -54,7 +55,7 @@ def unreadable(text: str, many: bool) -> str:
     """
     key, sign, value = text.lstrip("+~").partition("=")
     if not sign:
-        return f"{text!r} is not of the form key=value{_way_to_complete(text)}"
+        return not_a_setting(text)
     # an unknown key is the first problem, whatever its value
     is_known = key in _KEYS or key in groups() or key.startswith("hydra")
     if not is_known and re.fullmatch(r"[\w.]+", key):
@@ -107,8 +108,16 @@ def way_to_join(words: Sequence[str]) -> str:
     return f"a setting must be typed without spaces, got {typed!r}; type {shlex.quote(repaired)}"
 
 
+def not_a_setting(word: str) -> str:
+    """Return the message for a word without a value."""
+    return f"{word!r} is not of the form key=value{_way_to_complete(word)}"
+
+
 def _way_to_complete(word: str) -> str:
     """Return the end of a message about a word without a value."""
+    if word in _DEPLOY_COMMANDS:
+        command = "" if word == "deploy" else f" {word}"
+        return f"; type python -m tinyllama_lab.deploy{command}"
     if word in _KEYS or word in groups():
         return f"; type {word}=<value>"
     if hint := nearest(word, list(COMMANDS)):
