@@ -83,9 +83,9 @@ class Chat:
         print(pieces[-1], flush=True)
         first_s = (first or time.perf_counter()) - started
         self._print_speed(label, len(completion.ids), first_s, started)
-        if completion.reason == "length" and len(completion.ids) == self._style.tokens:
-            more = 2 * self._style.tokens
-            print(f"(cut at tokens={more // 2}; for more: tokens={more})", file=sys.stderr)
+        most = self._style.tokens
+        if completion.reason == "length" and len(completion.ids) == most:
+            print(f"(cut at tokens={most}; for more: tokens={2 * most})", file=sys.stderr)
         return "".join(pieces).strip()
 
     def _print_speed(self, label: str | None, tokens: int, first_s: float, started: float) -> None:
