@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from tests.llamas import (
     base_of,
     example,
     examples,
+    gradients,
     items_of,
     llama,
     make_b_random,
@@ -23,7 +25,7 @@ from tests.llamas import (
 )
 from tinyllama_lab.core.dataset.dataset import Example
 from tinyllama_lab.core.engines.base import WorkItem
-from tinyllama_lab.core.engines.packed import head
+from tinyllama_lab.core.engines.packed import attention, head
 from tinyllama_lab.core.engines.packed.batch import lay_out
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
 from tinyllama_lab.core.engines.packed.llama import why_not_llama
@@ -175,3 +177,29 @@ def test_only_llamas_and_their_relatives_have_this_pass() -> None:
     for name in RELATIVES:
         assert why_not_llama(decoder(name)) is None
     assert all(why_not_llama(llama(**shape)) is None for shape in SHAPES.values())
+
+
+def kept_and_gradients(recomputed: bool) -> tuple[int, dict[str, torch.Tensor]]:
+    """Return how many queries of rows of 30 tokens the forward pass keeps, and the gradients."""
+    engine = PackedEngine(base_of(llama()))
+    engine.checkpoint_activations(recomputed)
+    adapter = engine.add(settings(), 0)
+    make_b_random(adapter)
+    loss = engine.example_losses(items_of(adapter, examples((30, 12)))).sum()
+    gc.collect()
+    # Python knows nothing of saved tensors, so these are what something else holds
+    tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]
+    kept = sum(x.shape[1:] == (4, 30, 8) for x in tensors)
+    loss.backward()
+    return kept, gradients(adapter)
+
+
+def test_recomputed_layers_keep_nothing_of_long_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "LONGEST_PLAIN", 8)
+    monkeypatch.setattr(attention, "LONGEST_FUSED", 8)
+    kept, found = kept_and_gradients(recomputed=True)
+    assert not kept
+    kept, expected = kept_and_gradients(recomputed=False)
+    assert kept
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-7)

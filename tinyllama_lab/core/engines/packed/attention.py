@@ -113,10 +113,15 @@ class AttentionPlan:
     heads: Heads
     rotary: Rotary  # cosines and sines, `[positions, size]`
     buckets: list[Padded]
+    recomputes: bool = False  # activations are computed again in backward, so nothing is kept
 
 
 def plan_attention(
-    batch: PackedBatch, heads: Heads, cos: torch.Tensor, sin: torch.Tensor
+    batch: PackedBatch,
+    heads: Heads,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    recomputes: bool = False,
 ) -> AttentionPlan:
     """Return the plan of a batch. `cos` and `sin` are `[positions, size]`."""
     starts, lengths = torch.tensor(batch.starts), torch.tensor(batch.lengths)
@@ -141,7 +146,7 @@ def plan_attention(
                 _ahead(bucket.longest, heads, cos) if is_plain and not has_softmax else None,
             )
         )
-    return AttentionPlan(heads, (cos, sin), buckets)
+    return AttentionPlan(heads, (cos, sin), buckets, recomputes)
 
 
 def _ahead(longest: int, heads: Heads, like: torch.Tensor) -> torch.Tensor:
@@ -172,13 +177,15 @@ class _Attend(torch.autograd.Function):
         heads, saved = plan.heads, []
         output = joint.new_empty(len(joint), heads.queries * heads.size)
         ctx.plan, ctx.columns, ctx.graphs = plan, joint.shape[1], []
+        # a graph is no saved tensor, so recomputation would not free what it holds
+        keeps_graphs = ctx.needs_input_grad[0] and not plan.recomputes
         for number, bucket in enumerate(plan.buckets):
             queries, keys, values = _taken(joint, plan, bucket)
             if keep is not None:
                 keep(number, keys, values)
             probabilities = graph = None
             if not bucket.is_plain:
-                graph = _Graph((queries, keys, values), heads.scale, ctx.needs_input_grad[0])
+                graph = _Graph((queries, keys, values), heads.scale, keeps_graphs)
                 result = graph.result.detach()
             else:
                 probabilities = _probabilities(queries, keys, heads.scale, bucket)
@@ -186,7 +193,7 @@ class _Attend(torch.autograd.Function):
             bucket.put(result, output, plan.rotary)
             is_kept = probabilities is not None and bucket.longest <= LONGEST_KEPT
             saved += [queries, keys, values, probabilities if is_kept else None]
-            ctx.graphs.append(graph)
+            ctx.graphs.append(graph if keeps_graphs else None)
         ctx.save_for_backward(*saved)
         return output
 
@@ -200,7 +207,8 @@ class _Attend(torch.autograd.Function):
         for number, bucket in enumerate(plan.buckets):
             *inputs, probabilities = saved[4 * number : 4 * number + 4]
             outer = bucket.without_padding(bucket.take(grad, size, plan.rotary, 0))
-            if (graph := ctx.graphs[number]) is not None:
+            if not bucket.is_plain:
+                graph = ctx.graphs[number] or _Graph(inputs, heads.scale, is_training=True)
                 gradients = graph.backward(outer)
             else:
                 gradients = _backward(outer, inputs, probabilities, heads.scale, bucket)

@@ -186,7 +186,8 @@ class FrozenLlama:
         if can_run(self.device, self.dtype):
             varlen = plan_varlen(batch, self.heads, *tables)
             return functools.partial(attend_varlen, plan=varlen)
-        return functools.partial(attend, plan=plan_attention(batch, self.heads, *tables))
+        plan = plan_attention(batch, self.heads, *tables, recomputes=self.checkpointing)
+        return functools.partial(attend, plan=plan)
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Return embeddings `[tokens, size]`.
