@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -254,3 +255,22 @@ def test_ui_becomes_mlflow_on_the_database_of_this_folder(
     show_ui(["--port", "5001"])
     store = f"sqlite:///{tmp_path}/mlruns/mlflow.db"
     assert started[0][1:] == "-m mlflow ui --backend-store-uri".split() + [store, "--port", "5001"]
+
+
+@pytest.mark.parametrize("typed", ["--port {port}", "--port={port}", "-p {port} --host 127.0.0.1"])
+def test_ui_refuses_a_port_in_use(
+    typed: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from tinyllama_lab.errors import StudyError
+    from tinyllama_lab.sweep.ui_command import show_ui
+
+    started: list[list[str]] = []
+    monkeypatch.setattr(os, "execve", lambda program, words, environment: started.append(words))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///runs.db")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        words = typed.format(port=other.getsockname()[1]).split()
+        with pytest.raises(StudyError, match="cannot be used .*; open what runs there, or take"):
+            show_ui(words)
+    show_ui(words)  # it is free now
+    show_ui(["--port", "none"])  # MLflow's own error follows
+    assert [given[-len(words) :] for given in started[:1]] == [words] and len(started) == 2

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +25,7 @@ def show_ui(arguments: Sequence[str]) -> int:
     """Replace this process by `mlflow ui`; return only after `--help`.
 
     Raises:
-        StudyError: no runs are recorded in the working folder.
+        StudyError: no runs are recorded in the working folder, or the port is in use.
     """
     if any(word in ("-h", "--help") for word in arguments):
         print(HELP)
@@ -31,6 +33,7 @@ def show_ui(arguments: Sequence[str]) -> int:
     command = [sys.executable, "-m", "mlflow", "ui"]
     if not any(word.partition("=")[0] == _STORE for word in arguments):
         command += [_STORE, _address()]
+    _check_port(arguments)
     environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
     sys.stdout.flush()  # `execve` would drop what Python has buffered
     os.execve(sys.executable, [*command, *arguments], environment)
@@ -45,3 +48,26 @@ def _address() -> str:
             "sweep here first, or change to the folder of one"
         )
     return sqlite_uri(_DATABASE.absolute())
+
+
+def _check_port(arguments: Sequence[str]) -> None:
+    """Refuse a port in use: MLflow only logs it among other lines, and ends with status 0."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--host", default=os.environ.get("MLFLOW_HOST", "127.0.0.1"))
+    parser.add_argument("--port", "-p", default=os.environ.get("MLFLOW_PORT", "5000"))
+    try:
+        options, _ = parser.parse_known_args(list(arguments))
+        family, kind, _, _, address = socket.getaddrinfo(
+            options.host, options.port, type=socket.SOCK_STREAM
+        )[0]
+    except (argparse.ArgumentError, OSError, UnicodeError):
+        return  # MLflow says what is wrong
+    with socket.socket(family, kind) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(address)
+        except OSError as error:
+            raise StudyError(
+                f"port {options.port} cannot be used ({error.strerror}); open what runs there, or "
+                "take another one: python -m tinyllama_lab ui --port 5001"
+            ) from None
