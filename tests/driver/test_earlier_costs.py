@@ -31,7 +31,8 @@ def test_fewer_targets_are_expected_to_train_faster(targets: str, small: Sequenc
     studies = earlier_trials((before, {"perf/train_tokens_per_s": 100.0}))
     # of a step with all 7 modules, 23 % is that of their adapters
     expected = 100 if targets == "all_linear" else 100 / (0.77 + 0.23 * 2 / 7)
-    assert known_costs(studies, after, None).tokens_per_s == pytest.approx(expected)
+    known = known_costs(studies, after, None)
+    assert known.tokens_per_s == pytest.approx(expected) and known.micro_batch_tokens == 700
 
 
 def earlier_trials(*trials: tuple[Config, dict[str, float]], parts: int = 1) -> Any:
@@ -39,7 +40,11 @@ def earlier_trials(*trials: tuple[Config, dict[str, float]], parts: int = 1) -> 
     made = [
         SimpleNamespace(
             settings=dict(_flattened(asdict(config))),
-            environment={"hardware": cpu_name()},
+            environment={
+                "hardware": cpu_name(),
+                "largest_micro_batch": 700 + 100 * number,
+                "adapters_at_once": 2,
+            },
             metric=metrics.get,
             row=SimpleNamespace(
                 result=None,
@@ -47,7 +52,7 @@ def earlier_trials(*trials: tuple[Config, dict[str, float]], parts: int = 1) -> 
                 trial=SimpleNamespace(read_config=lambda: {"eval": {**SCORED_FIRST}}),
             ),
         )
-        for config, metrics in trials
+        for number, (config, metrics) in enumerate(trials)
     ]
     return {"earlier": SimpleNamespace(trials=made)}
 
@@ -66,6 +71,7 @@ def test_seconds_of_scoring_belong_to_the_first_evaluation(
     seconds = {"perf/trial_seconds": 40.0, "perf/train_seconds": 30.0}
     known = known_costs(earlier_trials((config, seconds), parts=parts), config, None)
     assert known.scoring_s == pytest.approx(unit_s)
+    assert known.prompts == (2 * 16 if parts == 1 else 0)
     general = replace(config, eval=replace(config.eval, general=True))
     assert known_costs(earlier_trials((general, seconds)), config, None).scoring_s is None
 

@@ -288,12 +288,15 @@ def test_a_sweep_keeps_what_fits(small: Sequence[str], tmp_path: Path) -> None:
     assert [planned.config["lora"]["r"] for planned in plan.todo] == [4]
 
 
+ALONE = {"pack_micro_batch_tokens": 640, "pack_prompts": 2}
+
+
 def test_seconds_come_from_earlier_trials_where_there_are_any(
     small: Sequence[str], tmp_path: Path
 ) -> None:
     (planned,) = plan_of(small, tmp_path, "eval.generations=2", "eval.max_new_tokens=40").todo
     facts = {"tokens": 1000, "tflop": 2.0, "heldout_tokens": 200, "gradient_checkpointing": False}
-    facts |= {"dtype": "float32", "gflops": 100.0}
+    facts |= {"dtype": "float32", "gflops": 100.0, **ALONE}
     known = KnownCosts(tokens_per_s=50.0, scoring_s=0.5)
     here = {"is_gpu": False, "dtype": "bfloat16"}
     speed = speed_of(known, NO_CARD, here, facts)
@@ -309,6 +312,40 @@ def test_seconds_come_from_earlier_trials_where_there_are_any(
     assert recomputed == pytest.approx(1.5 * unknown.seconds(planned, facts))
     assert speed_of(KnownCosts(), NO_CARD, here, {**facts, "gflops": None}) is None
     assert speed_of(KnownCosts(), NO_CARD, here, {**facts, "dtype": "float16"}) is None
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_pack_is_forecast_from_trials_alone_by_what_it_shares(
+    small: Sequence[str], tmp_path: Path, dtype: str
+) -> None:
+    (planned,) = plan_of(small, tmp_path, "eval.generations=2").todo
+    facts = {"tokens": 6400, "heldout_tokens": 200, "gradient_checkpointing": False}
+    facts |= {"dtype": dtype, "gflops": 100.0, "tflop": 2.0}
+    # a machine where a token takes 1 ms, and every micro-batch as long as 500 tokens more in
+    # bfloat16; a decoded token as long as 32 prompts more
+    fixed = {"bfloat16": 500, "float32": 0}[dtype]
+    alone_s, in_pack_s = (10 * (640 + fixed) / 1e3, 6400 / 1280 * (1280 + fixed) / 1e3)
+    prompt_alone_s, prompt_in_pack_s = (1 + 32 / 16, 1 + 32 / 64)
+    known = KnownCosts(
+        tokens_per_s=6400 / alone_s,
+        micro_batch_tokens=640,
+        scoring_s=prompt_alone_s,
+        prompts=16,
+    )
+    pack = {"pack_micro_batch_tokens": 1280, "pack_prompts": 64}
+    here = {"is_gpu": False, "dtype": dtype}
+    speed = speed_of(known, NO_CARD, here, facts | pack)
+    assert speed is not None
+    expected = in_pack_s + prompt_in_pack_s * planned.evaluation_work
+    assert speed.seconds(planned, facts) == pytest.approx(expected)
+    assert ("larger micro-batches are faster" in speed.source) == (dtype == "bfloat16")
+    # more prompts than a worker has room for are completed one after another
+    crowded = speed_of(known, NO_CARD, here, facts | pack | {"pack_prompts": 4096})
+    assert crowded is not None and crowded.scoring_s == pytest.approx(1 + 32 / 70)
+    # nothing of it was measured on a GPU
+    on_gpu = speed_of(known, NO_CARD, {"is_gpu": True, "dtype": dtype}, facts | pack)
+    assert on_gpu is not None and on_gpu.tokens_per_s == known.tokens_per_s
+    assert on_gpu.scoring_s == known.scoring_s
 
 
 @pytest.mark.parametrize(

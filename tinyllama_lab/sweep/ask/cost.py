@@ -6,7 +6,7 @@ The number of tokens is counted in the data; speed, memory and disk come from ea
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean, median
 from typing import Any
@@ -78,10 +78,12 @@ class KnownCosts:
     tokens_a_row: float | None = None
     tokens_source: str = ""
     tokens_per_s: float | None = None
+    micro_batch_tokens: float | None = None  # of the largest micro-batch at this speed
     speed_source: str = ""
     adapter_mib: Mapping[str, float] = field(default_factory=dict)  # by targets, at rank 1
     peak_mib: float | None = None  # of a whole pack
     scoring_s: float | None = None  # of a unit of `evaluation_work`
+    prompts: float | None = None  # that were completed together meanwhile
 
 
 def known_costs(
@@ -93,24 +95,34 @@ def known_costs(
     of_base = [t for t in trials if all(t.settings.get(k) == _flat(config, k) for k in base)]
     same_machine = [trial for trial in of_base if _ran_alike(trial, config)]
     share = step_share(config.lora.targets)
-    speeds = [
-        rate * step_share(t.settings["lora.targets"]) / share
-        for t in same_machine
-        if t.settings.get("lora.layers", ALL) == config.lora.layers
-        if is_full(t.settings) == config.lora.is_full
-        if (rate := t.metric("perf/train_tokens_per_s"))
+    trained = [
+        (trial, rate)
+        for trial in same_machine
+        if trial.settings.get("lora.layers", ALL) == config.lora.layers
+        if is_full(trial.settings) == config.lora.is_full
+        if (rate := trial.metric("perf/train_tokens_per_s"))
     ]
+    speeds = [rate * step_share(t.settings["lora.targets"]) / share for t, rate in trained]
+    scorings = list(_scorings(same_machine))
     peaks = [peak for t in same_machine if (peak := t.metric("memory/train_peak_mib"))]
     tokens, source = _tokens_a_row(of_base, config, split)
     return KnownCosts(
         tokens,
         source,
-        median(speeds) if speeds else None,
+        _median(speeds),
+        _median(t.environment.get("largest_micro_batch") for t, _ in trained),
         f"from the median of {counted(len(speeds), 'earlier trial')} on this machine",
         dict(_adapter_sizes(of_base)),
         max(peaks, default=None),
-        median(scorings) if (scorings := [*_scorings(same_machine)]) else None,
+        _median(seconds for seconds, _ in scorings),
+        _median(prompts for _, prompts in scorings),
     )
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    """Return the median of the values that are known; None if there are none."""
+    known = [value for value in values if value is not None]
+    return median(known) if known else None
 
 
 class EarlierTrials:
@@ -155,8 +167,8 @@ def config_of(shared: Config, planned: Planned) -> Config:
     return replace(shared, **groups)
 
 
-def _scorings(trials: Sequence[Scored]) -> Iterator[float]:
-    """Yield the seconds that trials took for a unit of `evaluation_work`."""
+def _scorings(trials: Sequence[Scored]) -> Iterator[tuple[float, float | None]]:
+    """Yield the seconds of trials for a unit of `evaluation_work`, and prompts of their pack."""
     for trial in trials:
         whole, training = trial.metric("perf/trial_seconds"), trial.metric("perf/train_seconds")
         if not (whole and training and whole > training):
@@ -165,7 +177,8 @@ def _scorings(trials: Sequence[Scored]) -> Iterator[float]:
         if not (settings["general"] or settings["harness"]):  # of which no work is known
             rows = int(trial.settings["data.eval_n"])
             work = evaluation_work(settings, rows) + rows * _checks(trial)
-            yield (whole - training) / work
+            together = trial.environment.get("adapters_at_once")
+            yield (whole - training) / work, together and together * settings["generations"]
 
 
 def _checks(trial: Scored) -> int:

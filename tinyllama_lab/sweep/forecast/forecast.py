@@ -41,7 +41,8 @@ class TrialForecast:
     Attributes:
         planned: the trial.
         facts: what the worker half computed for it; see `core.forecast.answer`.
-        seconds: without the start of a worker; None if nothing is known about the speed.
+        seconds: its share of its pack's, without the start of a worker; None if nothing is known
+            about the speed.
         speed_source: what the seconds rest on.
         rows_source: what the tokens rest on; empty if a tokenizer counted them.
     """
@@ -153,10 +154,16 @@ def forecast(plan: Plan, process: Forecasting, launcher: str = "local") -> Forec
     settings = asdict(hardware) | {"workers": workers, "threads": _threads(hardware, slots)}
     packs = plan.packs(workers)
     reply = process.ask(packs, settings, estimates)
+    members = [[planned.trial.key for planned in pack] for pack in packs]
+    pack_of = {k: pack for keys, pack in zip(members, reply["packs"], strict=True) for k in keys}
     trials = []
     for planned in plan.todo:
         costs, estimate = known[planned.trial.key]
-        facts = reply["trials"][planned.trial.key]
+        pack = pack_of[planned.trial.key]
+        facts = reply["trials"][planned.trial.key] | {
+            "pack_micro_batch_tokens": pack["micro_batch_tokens"],
+            "pack_prompts": pack["together"] * planned.config["eval"]["generations"],
+        }
         speed = None
         if not facts["is_guessed"]:
             speed = speed_of(costs, hardware.card, reply["machine"], facts)
@@ -167,7 +174,6 @@ def forecast(plan: Plan, process: Forecasting, launcher: str = "local") -> Forec
         trials.append(
             TrialForecast(planned, facts, seconds, speed.source if speed else "", source)
         )
-    members = [[planned.trial.key for planned in pack] for pack in packs]
     compares = any(key != "seed" for key in plan.swept)
     return Forecast(plan.config, trials, reply, workers, members, compares)
 
