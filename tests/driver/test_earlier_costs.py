@@ -43,7 +43,8 @@ def earlier_trials(*trials: tuple[Config, dict[str, float]], parts: int = 1) -> 
             environment={
                 "hardware": cpu_name(),
                 "largest_micro_batch": 700 + 100 * number,
-                "adapters_at_once": 2,
+                "micro_batch_tokens": 1280,
+                "scored_together": 2,
             },
             metric=metrics.get,
             row=SimpleNamespace(
@@ -61,6 +62,7 @@ SCORED_FIRST = {"generations": 0, "max_new_tokens": 8, "latency_tokens": 0, "lat
 SCORED_FIRST |= {"general": False, "harness": []}
 
 
+# two adapters complete 32 prompts together
 @pytest.mark.parametrize(("parts", "unit_s"), [(1, 10 / (4 + 16 * 8 / 8)), (2, 10 / 4)])
 def test_seconds_of_scoring_belong_to_the_first_evaluation(
     parts: int, unit_s: float, small: Sequence[str]
@@ -71,7 +73,7 @@ def test_seconds_of_scoring_belong_to_the_first_evaluation(
     seconds = {"perf/trial_seconds": 40.0, "perf/train_seconds": 30.0}
     known = known_costs(earlier_trials((config, seconds), parts=parts), config, None)
     assert known.scoring_s == pytest.approx(unit_s)
-    assert known.prompts == (2 * 16 if parts == 1 else 0)
+    assert known.scored_together == 2
     general = replace(config, eval=replace(config.eval, general=True))
     assert known_costs(earlier_trials((general, seconds)), config, None).scoring_s is None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,11 @@ from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.sweep.ask.cost import KnownCosts
 from tinyllama_lab.sweep.check import check_command, composed, grid_cells
 from tinyllama_lab.sweep.execution.slots import find_slots
+from tinyllama_lab.sweep.forecast import forecast as forecasts
 from tinyllama_lab.sweep.forecast.command import show_plan
 from tinyllama_lab.sweep.forecast.forecast import Forecast, TrialForecast, _threads, leave_out
 from tinyllama_lab.sweep.forecast.minutes import speed_of
+from tinyllama_lab.sweep.forecast.process import Forecasting
 from tinyllama_lab.sweep.forecast.table import print_forecast
 from tinyllama_lab.sweep.plan import Plan, check_cells, make_plan
 from tinyllama_lab.sweep.run import _skip_unfit, run_grid
@@ -288,7 +290,7 @@ def test_a_sweep_keeps_what_fits(small: Sequence[str], tmp_path: Path) -> None:
     assert [planned.config["lora"]["r"] for planned in plan.todo] == [4]
 
 
-ALONE = {"pack_micro_batch_tokens": 640, "pack_prompts": 2}
+ALONE = {"pack_micro_batch_tokens": 640, "scored_together": 16}
 
 
 def test_seconds_come_from_earlier_trials_where_there_are_any(
@@ -301,7 +303,7 @@ def test_seconds_come_from_earlier_trials_where_there_are_any(
     here = {"is_gpu": False, "dtype": "bfloat16"}
     speed = speed_of(known, NO_CARD, here, facts)
     assert speed is not None
-    # four rows, and two completions of 40 tokens at an eighth of a row each
+    # four rows, and two completions of 40 tokens at an eighth of a row each: 32 at a time
     assert speed.seconds(planned, facts) == pytest.approx(1000 / 50 + 0.5 * (4 + 2 * 40 / 8))
     unknown = speed_of(KnownCosts(), NO_CARD, here, facts)
     assert unknown is not None and "100 GFLOP/s" in unknown.source
@@ -318,34 +320,49 @@ def test_seconds_come_from_earlier_trials_where_there_are_any(
 def test_a_pack_is_forecast_from_trials_alone_by_what_it_shares(
     small: Sequence[str], tmp_path: Path, dtype: str
 ) -> None:
-    (planned,) = plan_of(small, tmp_path, "eval.generations=2").todo
+    scored = ("data.eval_n=40", "eval.generations=16", "eval.max_new_tokens=8")
+    (planned,) = plan_of(small, tmp_path, *scored).todo
     facts = {"tokens": 6400, "heldout_tokens": 200, "gradient_checkpointing": False}
     facts |= {"dtype": dtype, "gflops": 100.0, "tflop": 2.0}
-    # a machine where a token takes 1 ms, and every micro-batch as long as 500 tokens more in
-    # bfloat16; a decoded token as long as 32 prompts more
+    # a machine where a token takes 1 ms, and a micro-batch as long as 500 more in bfloat16; a row
+    # is scored in 10 ms, and a step of decoding takes 1 ms for a prompt and 32 ms in addition
     fixed = {"bfloat16": 500, "float32": 0}[dtype]
-    alone_s, in_pack_s = (10 * (640 + fixed) / 1e3, 6400 / 1280 * (1280 + fixed) / 1e3)
-    prompt_alone_s, prompt_in_pack_s = (1 + 32 / 16, 1 + 32 / 64)
+    alone_s, in_pack_s = 6400 / 640 * (640 + fixed) / 1e3, 6400 / 1280 * (1280 + fixed) / 1e3
+    unit_s = 0.4 / 40
+    scoring_s = 40 * unit_s + 16 * 8 / 8 * unit_s * (64 + 32) / 64 / 2  # with four adapters
     known = KnownCosts(
-        tokens_per_s=6400 / alone_s,
-        micro_batch_tokens=640,
-        scoring_s=prompt_alone_s,
-        prompts=16,
+        tokens_per_s=6400 / alone_s, micro_batch_tokens=640, scoring_s=unit_s, scored_together=1
     )
-    pack = {"pack_micro_batch_tokens": 1280, "pack_prompts": 64}
+    pack = {"pack_micro_batch_tokens": 1280, "scored_together": 4}
     here = {"is_gpu": False, "dtype": dtype}
     speed = speed_of(known, NO_CARD, here, facts | pack)
     assert speed is not None
-    expected = in_pack_s + prompt_in_pack_s * planned.evaluation_work
-    assert speed.seconds(planned, facts) == pytest.approx(expected)
-    assert ("larger micro-batches are faster" in speed.source) == (dtype == "bfloat16")
+    assert speed.seconds(planned, facts | pack) == pytest.approx(in_pack_s + scoring_s)
+    assert ("larger micro-batches" in speed.source) == (dtype == "bfloat16")
     # more prompts than a worker has room for are completed one after another
-    crowded = speed_of(known, NO_CARD, here, facts | pack | {"pack_prompts": 4096})
-    assert crowded is not None and crowded.scoring_s == pytest.approx(1 + 32 / 70)
-    # nothing of it was measured on a GPU
+    crowded = [speed.seconds(planned, facts | {"scored_together": n}) for n in (5, 500)]
+    assert crowded[0] == pytest.approx(crowded[1])
+    # no micro-batches were measured on a GPU
     on_gpu = speed_of(known, NO_CARD, {"is_gpu": True, "dtype": dtype}, facts | pack)
     assert on_gpu is not None and on_gpu.tokens_per_s == known.tokens_per_s
-    assert on_gpu.scoring_s == known.scoring_s
+
+
+@pytest.mark.parametrize("reversed_", [False, True])
+def test_a_trial_that_runs_alone_shares_nothing_with_its_pack(
+    small: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reversed_: bool
+) -> None:
+    order = "full,default" if reversed_ else "default,full"
+    typed = (f"lora={order}", "seed=0,1", "train.precision=fp32")
+    plan = plan_of(small, tmp_path, *typed, "hardware.device=cpu")
+    asked = list[tuple[str, int]]()
+
+    def speed(known: Any, card: Any, machine: Any, facts: Mapping[str, Any]) -> None:
+        asked.append((facts["packed"], facts["scored_together"]))
+
+    monkeypatch.setattr(forecasts, "speed_of", speed)
+    with Forecasting() as process:
+        forecasts.forecast(plan, process)
+    assert {together for packed, together in asked if not packed} == {1}
 
 
 @pytest.mark.parametrize(

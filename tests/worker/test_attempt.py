@@ -88,6 +88,7 @@ def test_a_finished_trial_has_every_metric_and_file(variant: str, lab: Lab) -> N
     assert found.model["parameters"] == base.model["parameters"] == 90688
     assert {"versions", "git_commit", "hardware", "device", "threads"} <= found.environment.keys()
     assert {"micro_batch_tokens", "adapters_at_once"} <= found.environment.keys()
+    assert found.environment["scored_together"] == 2  # with the base
     assert found.environment["profile"] == "tiny"
     assert found.environment["signatures"].keys() == {"bleu", "chrf", "rouge"}
     assert "eval/loss" in base.metrics and "train/loss" not in base.metrics

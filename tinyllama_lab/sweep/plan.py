@@ -41,6 +41,9 @@ if TYPE_CHECKING:  # these imports take a second, and every command makes a plan
 RETRIED = ("killed", "no_base", "no_data", "oom", "data_changed")
 DATA_SETTINGS = ("model", "data", "profile", "experiment")  # what a data set depends on
 PASSES_TO_TRAIN = 3.0  # a backward pass takes about as long as two forward passes
+# Whatever the number of prompts, a decoded token also takes as long as so many more; that was seen
+# with SmolLM2 on two cores of a Xeon, whose worker has room for so many at most.
+_FIXED_PROMPTS, _MOST_PROMPTS = 32, 70
 GUESSED_ROWS = 1000  # of data.n=all in the progress bar, until a worker has counted the rows
 
 
@@ -89,12 +92,13 @@ class Planned:
         """The part of `work` that is no training, in forward passes of one row."""
         return self.evaluation_work_with(self.config["data"]["eval_n"])
 
-    def evaluation_work_with(self, heldout_rows: int) -> float:
-        """Return it with this number of held-out rows."""
+    def evaluation_work_with(self, heldout_rows: int, together: float | None = None) -> float:
+        """Return it with this number of held-out rows; `together` as in `evaluation_work`."""
         data, train = self.config["data"], self.config["train"]
         rows = GUESSED_ROWS if data["n"] == ALL else data["n"]
         checks = 0 if self.is_trained else checks_of(train, rows)
-        return evaluation_work(self.config["eval"], heldout_rows) + checks * heldout_rows
+        work = evaluation_work(self.config["eval"], heldout_rows, together)
+        return work + checks * heldout_rows
 
 
 def rows_seen(train: Mapping[str, Any], rows: float) -> float:
@@ -111,17 +115,23 @@ def checks_of(train: Mapping[str, Any], rows: float) -> int:
     return math.ceil(steps / every) if every else 0
 
 
-def evaluation_work(settings: Mapping[str, Any], rows: int) -> float:
+def evaluation_work(
+    settings: Mapping[str, Any], rows: int, together: float | None = None
+) -> float:
     """Return the cost of an evaluation in forward passes of one row.
 
     Args:
         settings: the group `eval`.
         rows: that are scored.
+        together: adapters that are scored together and share the cost; None if that is not known.
     """
     timed = settings["latency_tokens"] * (2 + settings["latency_batch"] / 4)
     # rough weights: a decoded token costs about 1/8 of a forward pass of a row
-    generated = settings["generations"] * settings["max_new_tokens"] / 8 + timed
-    return float(rows + generated)
+    decoded = settings["generations"] * settings["max_new_tokens"] / 8
+    prompts = min(_MOST_PROMPTS, (together or 0) * settings["generations"])
+    if prompts:
+        decoded *= (1 + _FIXED_PROMPTS / prompts) / 2
+    return float(rows + decoded + timed)
 
 
 @dataclass

@@ -179,6 +179,12 @@ class Attempt:
         self.seconds += progress.seconds
         self._losses, self._heldout = progress.losses, trainer.heldout.curve
 
+    def record_scoring(self, seconds: float, together: int) -> None:
+        """Record its share of the seconds in which so many adapters and bases were scored."""
+        # they share their batches, so the time of one cannot be measured
+        self.seconds += seconds / together
+        self.result.environment["scored_together"] = together
+
     def _save_adapter(self, adapter: Adapter) -> None:
         """Save the adapter's folder atomically: a killed worker leaves all of it or nothing.
 

@@ -49,10 +49,9 @@ def finish(
         _score(context, engine, [*unscored_bases, *subjects])
         # before the trials, whose results hold the scores of their base
         bases.commit(unscored_bases)
-    # subjects share their batches, so the time of one cannot be measured
-    share_s = (time.monotonic() - begin) / (len(unscored_bases) + len(subjects))
+    seconds, together = time.monotonic() - begin, len(unscored_bases) + len(subjects)
     for (attempt, adapter), subject in zip(adapters.items(), subjects, strict=True):
-        attempt.seconds += share_s
+        attempt.record_scoring(seconds, together)
         try:
             if subject.error is not None:
                 raise subject.error

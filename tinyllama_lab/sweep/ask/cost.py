@@ -78,12 +78,12 @@ class KnownCosts:
     tokens_a_row: float | None = None
     tokens_source: str = ""
     tokens_per_s: float | None = None
-    micro_batch_tokens: float | None = None  # of the largest micro-batch at this speed
+    micro_batch_tokens: float | None = None  # at this speed
     speed_source: str = ""
     adapter_mib: Mapping[str, float] = field(default_factory=dict)  # by targets, at rank 1
     peak_mib: float | None = None  # of a whole pack
     scoring_s: float | None = None  # of a unit of `evaluation_work`
-    prompts: float | None = None  # that were completed together meanwhile
+    scored_together: float | None = None  # adapters and bases
 
 
 def known_costs(
@@ -103,19 +103,18 @@ def known_costs(
         if (rate := trial.metric("perf/train_tokens_per_s"))
     ]
     speeds = [rate * step_share(t.settings["lora.targets"]) / share for t, rate in trained]
-    scorings = list(_scorings(same_machine))
     peaks = [peak for t in same_machine if (peak := t.metric("memory/train_peak_mib"))]
     tokens, source = _tokens_a_row(of_base, config, split)
     return KnownCosts(
         tokens,
         source,
         _median(speeds),
-        _median(t.environment.get("largest_micro_batch") for t, _ in trained),
+        _median(_micro_batch_tokens(trial) for trial, _ in trained),
         f"from the median of {counted(len(speeds), 'earlier trial')} on this machine",
         dict(_adapter_sizes(of_base)),
         max(peaks, default=None),
-        _median(seconds for seconds, _ in scorings),
-        _median(prompts for _, prompts in scorings),
+        _median(_scorings(same_machine)),
+        _median(trial.environment.get("scored_together") for trial in same_machine),
     )
 
 
@@ -148,7 +147,9 @@ class EarlierTrials:
         known = self._known[key]
         if known.tokens_per_s is None or known.scoring_s is None:
             return None
-        scoring_s = known.scoring_s * planned.evaluation_work
+        rows = int(planned.config["data"]["eval_n"])
+        work = planned.evaluation_work_with(rows, known.scored_together)
+        scoring_s = known.scoring_s * work
         return Pace(_hardware_here(config), known.tokens_per_s, scoring_s)
 
     def _read(self) -> None:
@@ -167,8 +168,19 @@ def config_of(shared: Config, planned: Planned) -> Config:
     return replace(shared, **groups)
 
 
-def _scorings(trials: Sequence[Scored]) -> Iterator[tuple[float, float | None]]:
-    """Yield the seconds of trials for a unit of `evaluation_work`, and prompts of their pack."""
+def _micro_batch_tokens(trial: Scored) -> float | None:
+    """Return the tokens of most micro-batches of a trial.
+
+    The largest may be one that was tried while their size was chosen; and the size may be more
+    than a step has.
+    """
+    largest = trial.environment.get("largest_micro_batch")
+    size = trial.environment.get("micro_batch_tokens")
+    return min(largest, size) if largest and size else None
+
+
+def _scorings(trials: Sequence[Scored]) -> Iterator[float]:
+    """Yield the seconds that trials took for a unit of `evaluation_work`."""
     for trial in trials:
         whole, training = trial.metric("perf/trial_seconds"), trial.metric("perf/train_seconds")
         if not (whole and training and whole > training):
@@ -176,9 +188,9 @@ def _scorings(trials: Sequence[Scored]) -> Iterator[tuple[float, float | None]]:
         settings = _first_scoring(trial)
         if not (settings["general"] or settings["harness"]):  # of which no work is known
             rows = int(trial.settings["data.eval_n"])
-            work = evaluation_work(settings, rows) + rows * _checks(trial)
-            together = trial.environment.get("adapters_at_once")
-            yield (whole - training) / work, together and together * settings["generations"]
+            together = trial.environment.get("scored_together")
+            work = evaluation_work(settings, rows, together) + rows * _checks(trial)
+            yield (whole - training) / work
 
 
 def _checks(trial: Scored) -> int:

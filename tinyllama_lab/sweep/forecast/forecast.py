@@ -160,9 +160,12 @@ def forecast(plan: Plan, process: Forecasting, launcher: str = "local") -> Forec
     for planned in plan.todo:
         costs, estimate = known[planned.trial.key]
         pack = pack_of[planned.trial.key]
-        facts = reply["trials"][planned.trial.key] | {
-            "pack_micro_batch_tokens": pack["micro_batch_tokens"],
-            "pack_prompts": pack["together"] * planned.config["eval"]["generations"],
+        facts = reply["trials"][planned.trial.key]
+        # what no pack holds runs alone, whatever its neighbours do
+        size = pack if facts["packed"] else facts | {"together": 1}
+        facts |= {
+            "pack_micro_batch_tokens": size["micro_batch_tokens"],
+            "scored_together": size["together"],
         }
         speed = None
         if not facts["is_guessed"]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +14,10 @@ from tinyllama_lab.sweep.plan import PASSES_TO_TRAIN, Planned
 _OF_MEASURED = {"bfloat16": 0.27, "float32": 0.50}  # of the rate measured here, on a CPU
 _RECOMPUTED = 1.5  # FLOPs with another forward pass beside one, and a backward pass as long
 _OF_DATA_SHEET = {True: 0.33, False: 0.40}  # of a GPU's (an H100) and of a CPU's (assumed)
-# A pack shares what a micro-batch and a decoded token take whatever their size. That is as long as
-# so many more tokens or prompts take: SmolLM2 on two cores of a Xeon, docs/plan.md.
-_FIXED_TOKENS = {"bfloat16": 500.0}  # none was seen in float32
-_FIXED_PROMPTS = 32.0
-_MOST_PROMPTS = 70.0  # for which a CPU's worker has room at a time
-_NOTABLE = 1.05
+# Whatever its size, a micro-batch also takes as long as so many tokens more; that was seen with
+# SmolLM2 on two cores of a Xeon. In float32 it was not.
+_FIXED_TOKENS = {"bfloat16": 500.0}
+_NOTABLE = 0.05
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,9 @@ class Speed:
         """Return a trial's share of the seconds of its pack, without the start of the worker."""
         training = 0.0 if planned.is_trained else self._training(facts)
         if self.scoring_s is not None:
-            return training + self.scoring_s * planned.evaluation_work
+            rows = int(planned.config["data"]["eval_n"])
+            work = planned.evaluation_work_with(rows, facts["scored_together"])
+            return training + self.scoring_s * work
         rows = max(1, int(planned.config["data"]["eval_n"]))
         a_row = float(facts["heldout_tokens"]) / rows
         tokens = a_row * planned.evaluation_work / PASSES_TO_TRAIN
@@ -59,8 +58,8 @@ def speed_of(
         known: what earlier trials of the base cost here.
         card: the settings of `hardware.card`.
         machine: as the forecast describes it.
-        facts: of a trial, with its dtype and the measured rate of matmuls in it; and of its pack,
-            the tokens of the largest micro-batch and the prompts that are completed together.
+        facts: of a trial, with its dtype, the measured rate of matmuls in it, and the tokens of
+            the micro-batches of its pack.
     """
     if card.name is not None:
         share, dtype = _OF_DATA_SHEET[machine["is_gpu"]], facts["dtype"]
@@ -81,25 +80,13 @@ def speed_of(
 
 
 def _as_before(known: KnownCosts, is_gpu: bool, facts: Mapping[str, Any]) -> Speed:
-    """Return the speed of earlier trials, corrected for a pack of another size than theirs."""
+    """Return the speed of earlier trials, corrected for micro-batches of another size."""
     assert known.tokens_per_s is not None
+    before, now = known.micro_batch_tokens, facts["pack_micro_batch_tokens"]
     fixed = 0.0 if is_gpu else _FIXED_TOKENS.get(facts["dtype"], 0.0)
-    gain = _gain(known.micro_batch_tokens, facts["pack_micro_batch_tokens"], fixed)
-    source = f"{known.tokens_per_s:.0f} tokens/s, {known.speed_source}"
-    if gain > _NOTABLE:
-        source += "; larger micro-batches are faster"
-    scoring_s = known.scoring_s
-    if scoring_s is not None and not is_gpu:
-        scoring_s /= _gain(known.prompts, facts["pack_prompts"], _FIXED_PROMPTS, _MOST_PROMPTS)
-    return Speed(0.0, known.tokens_per_s * gain, scoring_s, source)
-
-
-def _gain(before: float | None, now: float, fixed: float, most: float = math.inf) -> float:
-    """Return how many times as fast it is with `now` at a time as it was with `before`.
-
-    What takes as long as `fixed` more is shared by all of them.
-    """
-    if not before or not now:
-        return 1.0
-    before, now = min(before, most), min(now, most)
-    return (1 + fixed / before) / (1 + fixed / now)
+    gain = (1 + fixed / before) / (1 + fixed / now) if before and now else 1.0
+    rate = known.tokens_per_s * gain
+    source = f"{rate:.0f} tokens/s, {known.speed_source}"
+    if abs(gain - 1) > _NOTABLE:
+        source += f", in {'larger' if gain > 1 else 'smaller'} micro-batches"
+    return Speed(0.0, rate, known.scoring_s, source)
