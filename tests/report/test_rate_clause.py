@@ -12,17 +12,30 @@ from tests.studies import Values, simulated_study
 from tinyllama_lab.report.analysis.comparison import make_comparison
 from tinyllama_lab.report.analysis.contrasts import main_effects
 from tinyllama_lab.report.analysis.trial_rows import read_study
+from tinyllama_lab.report.analysis.tuned import untuned_sentence
 
 
 @pytest.mark.parametrize(
-    ("key", "values"), [("train.epochs", [1, 2]), ("train.max_steps", [9, 18]), ("lora.r", [2, 4])]
+    ("key", "values"),
+    [
+        ("train.epochs", [1, 2]),
+        ("train.max_steps", [9, 18]),
+        ("lora.r", [2, 4]),
+        ("lora.init", ["default", "eva"]),
+        ("lora.rank_pattern", [{"q_proj": 2}, {"q_proj": 4}]),
+        ("train.loraplus_ratio", [None, 16.0]),
+        ("train.optimizer", ["adamw", "lion"]),
+    ],
 )
 def test_settings_compared_at_one_learning_rate_are_called_untuned(
     tmp_path: Path, key: str, values: list[Any]
 ) -> None:
     study = simulated_study(tmp_path, {key: values}, steps=0)
-    (effect,) = main_effects(make_comparison(read_study(study).trials))
+    found = make_comparison(read_study(study).trials)
+    (effect,) = main_effects(found)
     assert effect.rates == "both at learning rate 0.003, which was not tuned"
+    sentence = untuned_sentence([trial.row for trial in found.trials])
+    assert sentence.startswith("All ran at learning rate 0.003, which was not tuned")
 
 
 def test_a_verdict_over_a_grid_of_learning_rates_is_called_an_average(tmp_path: Path) -> None:

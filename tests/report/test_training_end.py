@@ -133,7 +133,11 @@ def test_the_steps_that_were_kept_are_told_for_each_seed(tmp_path: Path) -> None
     assert said(study) == []  # of trials in which no loss was a number
     with_metrics(study, best_step=40)
     (text,) = said(study)
-    assert re.fullmatch(r"train.keep=best kept the adapter after step \d\d, \d\d of 200", text)
+    steps = {trial.read_config()["seed"]: 40 + 10 * n for n, trial in enumerate(study.trials())}
+    said_of = ", ".join(f"{steps[seed]} of 200 (seed {seed})" for seed in (0, 1))
+    assert re.fullmatch(
+        rf"train.keep=best kept the adapter.* after step {re.escape(said_of)}", text
+    )
 
 
 def test_the_losses_of_chosen_steps_are_called_too_low(tmp_path: Path) -> None:

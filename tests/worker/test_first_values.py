@@ -160,8 +160,32 @@ def test_what_cannot_be_is_refused(changes: dict[str, Any], message: str) -> Non
 
 
 def test_olora_is_refused_where_peft_has_none() -> None:
-    with pytest.raises(ModelError, match="got Conv1D, for which PEFT has no OLoRA"):
+    with pytest.raises(ModelError, match="lora.init=olora needs .* nn.Linear, got Conv1D in"):
         lora.peft_config(decoder("gpt2"), settings(init="olora"))
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("patterns", [None, {"k_proj": 0}])
+def test_a_shift_has_at_most_the_rank_of_the_smallest_weight(
+    init: str, patterns: dict[str, int] | None, tmp_path: Path
+) -> None:
+    model = llama()
+    most = model.model.layers[0].self_attn.k_proj.out_features
+    sides = [min(x.shape) for n, x in model.named_parameters() if "proj" in n]
+    assert most == min(sides)
+
+    def of_rank(rank: int) -> LoraConfig:
+        if patterns is None:
+            return settings(init=init, r=rank, alpha=8.0)
+        return settings(init=init, r=2, rank_pattern=dict.fromkeys(patterns, rank))
+
+    with pytest.raises(ModelError, match=f"{init}, got {most + 1} and .*k_proj with {most}; set"):
+        lora.peft_config(model, of_rank(most + 1))
+    adapter = PackedEngine(base_of(model)).add(of_rank(most), 0)
+    adapter.save(tmp_path)
+    alone = peft_losses(peft.PeftModel.from_pretrained(llama(), tmp_path))
+    bare = peft_losses(llama())
+    assert [float(x) for x in alone] == pytest.approx([float(x) for x in bare], rel=1e-4)
 
 
 def test_a_shift_is_refused_on_a_quantized_base() -> None:

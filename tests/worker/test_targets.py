@@ -16,7 +16,7 @@ from tinyllama_lab.config.lora import LoraConfig
 from tinyllama_lab.config.targets import group_names
 from tinyllama_lab.core.engines.base import WorkItem
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
-from tinyllama_lab.core.models import lora
+from tinyllama_lab.core.models import lora, targets
 from tinyllama_lab.errors import ModelError
 
 LLAMA = {
@@ -76,11 +76,11 @@ ALIKE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_groups_are_the_modules_of_the_architecture(name: str) -> None:
-    linear = lora.linear_modules(decoder(name))
+    linear = targets.linear_modules(decoder(name))
     for group, expected in GROUPS[name].items():
-        assert set(lora.target_modules(linear, group)) == expected
+        assert set(targets.target_modules(linear, group)) == expected
     if name in PEFTS:
-        assert set(lora.target_modules(linear, "attention_qv")) == set(PEFTS[name])
+        assert set(targets.target_modules(linear, "attention_qv")) == set(PEFTS[name])
 
 
 def test_a_group_of_llama_is_the_same_where_all_its_names_occur() -> None:

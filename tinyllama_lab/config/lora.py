@@ -68,9 +68,9 @@ class LoraConfig:
 
     def _problems_of_init(self) -> Iterator[str]:
         """Yield what `lora.init` cannot begin with."""
-        if self.init == "orthogonal" and any(rank % 2 for rank in self.ranks):
+        if INITIALISATIONS[self.init].needs_even_rank and any(rank % 2 for rank in self.ranks):
             yield (
-                "lora.r and lora.rank_pattern must be even when lora.init=orthogonal, "
+                f"lora.r and lora.rank_pattern must be even when lora.init={self.init}, "
                 f"got {', '.join(map(str, sorted(self.ranks)))}; set lora.init=gaussian"
             )
         if self.shifts_base and VARIANTS[self.variant].trains_magnitudes:

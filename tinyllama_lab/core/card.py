@@ -19,6 +19,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from tinyllama_lab.config.axes import flatten_shown, spelled
 from tinyllama_lab.config.command import setting, sweep_command, unquoted
 from tinyllama_lab.config.schema import ModelConfig, Science, part
+from tinyllama_lab.config.variants import VARIANTS
 from tinyllama_lab.metrics import HELDOUT_LOSS, METRICS, MINIMIZE, PERPLEXITY
 from tinyllama_lab.study.trial import EVAL, MODEL_CONFIG, Result, TrialFolder
 
@@ -179,12 +180,11 @@ def _what(facts: Facts) -> str:
     targets = config["target_modules"]
     names = [targets] if isinstance(targets, str) else sorted(targets)
     modules = ", ".join(f"`{name}`" for name in names)
-    kind = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA"}.get(lora.variant, lora.variant)
     whole = [f"`{name}`" for name in lora.modules_to_save]
     whole += [{"none": "", "all": "all biases"}.get(lora.bias, "their biases")]
     more = ", ".join(filter(None, whole))
     return (
-        f"A {kind} adapter of rank {lora.r} on the modules {modules}"
+        f"A {VARIANTS[lora.variant].shown} adapter of rank {lora.r} on the modules {modules}"
         f"{f', with trained values of {more}' if more else ''}: "
         f"{trained}. It changes {_base_link(facts)}, which it needs to run. {made}"
     )

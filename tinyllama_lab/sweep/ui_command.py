@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import socket
 import sys
@@ -60,14 +61,13 @@ def _check_port(arguments: Sequence[str]) -> None:
         family, kind, _, _, address = socket.getaddrinfo(
             options.host, options.port, type=socket.SOCK_STREAM
         )[0]
-    except (argparse.ArgumentError, OSError, UnicodeError):
-        return  # MLflow says what is wrong
-    with socket.socket(family, kind) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
+        with socket.socket(family, kind) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
-        except OSError as error:
+    except (argparse.ArgumentError, OSError, UnicodeError) as error:
+        if getattr(error, "errno", None) == errno.EADDRINUSE:
             raise StudyError(
-                f"port {options.port} cannot be used ({error.strerror}); open what runs there, or "
-                "take another one: python -m tinyllama_lab ui --port 5001"
+                f"port {options.port} is in use; open what runs there, or take another one: "
+                "python -m tinyllama_lab ui --port 5001"
             ) from None
+        # MLflow says what else is wrong

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,18 +11,23 @@ from typing import Any, NamedTuple
 import peft
 import torch
 from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
+from peft.utils.other import ModulesToSaveWrapper
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from tinyllama_lab.config.lora import LoraConfig
-from tinyllama_lab.config.targets import expression_of, group_names, layer_numbers, missing_names
 from tinyllama_lab.config.variants import INITIALISATIONS, VARIANTS
 from tinyllama_lab.core.models import base_weights
 from tinyllama_lab.core.models.quiet import no_peft_deprecation
-from tinyllama_lab.errors import ModelError
+from tinyllama_lab.core.models.targets import (
+    check_matches,
+    chosen_layers,
+    linear_modules,
+    of_module,
+    sides,
+    target_modules,
+)
 from tinyllama_lab.study.trial import ADAPTER_WEIGHTS
 
 _NOTED_SHARE = 0.01  # of the weights; if as many have no adapter, a note says so
@@ -51,16 +56,6 @@ def check(model: PreTrainedModel, lora: LoraConfig) -> None:
         peft_config(model, lora)
 
 
-def linear_modules(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
-    """Return the layers that an adapter may adapt, by name: all linear ones but the head."""
-    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head
-    }
-
-
 def peft_config(model: PreTrainedModel, lora: LoraConfig) -> peft.LoraConfig:
     """Return PEFT's settings of an adapter.
 
@@ -70,12 +65,10 @@ def peft_config(model: PreTrainedModel, lora: LoraConfig) -> peft.LoraConfig:
     """
     linear = linear_modules(model)
     ranks = lora.rank_pattern or {}
-    # the scale alpha / r is the same everywhere; that of rslora follows each rank by itself
-    alphas = (
-        {}
-        if lora.variant == "rslora"
-        else {name: _short(lora.scale_alpha * rank / lora.r) for name, rank in ranks.items()}
-    )
+    # the scale alpha / r is the same everywhere; that of rsLoRA follows each rank by itself
+    alphas = {name: _short(lora.scale_alpha * rank / lora.r) for name, rank in ranks.items()}
+    if VARIANTS[lora.variant].peft.get("use_rslora"):
+        alphas = {}
     first: Any = INITIALISATIONS[lora.init].peft  # PEFT's types list words of its documentation
     bias: Any = lora.bias
     config = peft.LoraConfig(
@@ -84,7 +77,7 @@ def peft_config(model: PreTrainedModel, lora: LoraConfig) -> peft.LoraConfig:
         lora_alpha=_short(lora.scale_alpha),
         lora_dropout=lora.dropout,
         target_modules=target_modules(linear, lora.targets),
-        layers_to_transform=_layers(model, lora.layers),
+        layers_to_transform=chosen_layers(model, lora.layers),
         rank_pattern=dict(ranks),
         alpha_pattern=alphas,
         bias=bias,
@@ -93,7 +86,7 @@ def peft_config(model: PreTrainedModel, lora: LoraConfig) -> peft.LoraConfig:
         init_lora_weights=first,
         **VARIANTS[lora.variant].peft,
     )
-    _check_matches(model, linear, lora, config)
+    check_matches(model, linear, lora, config)
     return config
 
 
@@ -106,98 +99,6 @@ def _keeps_tied(model: PreTrainedModel, lora: LoraConfig) -> bool:
 def _short(alpha: float) -> Any:
     """Return an alpha as an integer where it is one; readers of PEFT's files may expect that."""
     return int(alpha) if alpha.is_integer() else alpha
-
-
-def _layers(model: PreTrainedModel, layers: str | list[int]) -> list[int] | None:
-    """Return the numbers of the layers that `lora.layers` selects; None for all."""
-    if layers == "all":  # of a model that may not say how many it has
-        return None
-    count = int(model.config.num_hidden_layers)
-    numbers = layer_numbers(layers, count)
-    if not 0 <= min(numbers) <= max(numbers) < count:
-        raise ModelError(
-            f"lora.layers must name layers of the model, which has {count} from 0 to {count - 1}, "
-            f"got {layers}; set lora.layers=all"
-        )
-    return numbers
-
-
-def target_modules(linear: Mapping[str, nn.Module], targets: str | list[str]) -> str | list[str]:
-    """Return the module names that `lora.targets` selects, as PEFT takes them.
-
-    Args:
-        linear: as `linear_modules` returns it.
-        targets: the setting.
-
-    Raises:
-        ModelError: a name matches no linear layer.
-    """
-    if isinstance(targets, str) and (expression := expression_of(targets)) is not None:
-        return expression
-    if targets == "all_linear":
-        return sorted({name.rpartition(".")[2] for name in linear})
-    names = group_names(targets, list(linear)) if isinstance(targets, str) else targets
-    missing = missing_names(names, list(linear))
-    if missing or not names:
-        found = sorted({name.rpartition(".")[2] for name in linear})
-        raise ModelError(
-            f"lora.targets must name modules of the model, got {', '.join(missing) or targets}; "
-            f"this model has {', '.join(found)}; set lora.targets=all_linear, or some "
-            f"of them such as lora.targets=[{found[0]}]"
-        )
-    return names
-
-
-def _check_matches(
-    model: PreTrainedModel,
-    linear: Mapping[str, nn.Module],
-    lora: LoraConfig,
-    config: peft.LoraConfig,
-) -> None:
-    """Refuse targets and patterns that match nothing, or what is no linear layer."""
-    matched = [n for n, _ in model.named_modules() if check_target_module_exists(config, n)]
-    if others := [name for name in matched if name not in linear]:
-        raise ModelError(
-            "lora.targets must match linear layers that lie before the head, got "
-            f"{lora.targets!r}, which matches {others[0]}"
-        )
-    if lora.init == "olora" and any(isinstance(linear[name], Conv1D) for name in matched):
-        raise ModelError(
-            "lora.init=olora needs layers of the kind nn.Linear, got Conv1D, for which PEFT has "
-            "no OLoRA; set lora.init=pissa"
-        )
-    if not matched:
-        raise ModelError(
-            f"lora.targets and lora.layers must match linear layers, got {lora.targets!r} and "
-            f"{lora.layers!r}; this model has layers such as {next(iter(linear))}"
-        )
-    _check_patterns(matched, list(config.rank_pattern or ()))
-    base_weights.check(model, lora, matched)
-
-
-def _check_patterns(matched: Sequence[str], patterns: Sequence[str]) -> None:
-    """Refuse ranks of modules that are not adapted, and two ranks of one module."""
-    by_name = {
-        name: [each for each in patterns if of_module({each: True}, name, False)]
-        for name in matched
-    }
-    if unused := set(patterns) - {pattern for found in by_name.values() for pattern in found}:
-        raise ModelError(
-            f"lora.rank_pattern must name adapted modules, got {min(unused)!r}; adapted are "
-            f"{', '.join(sorted({name.rpartition('.')[2] for name in matched}))}"
-        )
-    # the order of a pattern is not part of a trial's key
-    if twice := next((name for name, found in by_name.items() if len(found) > 1), None):
-        raise ModelError(
-            "lora.rank_pattern must give a module one rank, got "
-            f"{' and '.join(map(repr, by_name[twice]))}, which both match {twice}"
-        )
-
-
-def of_module(patterns: Mapping[str, Any] | None, module: str, other: Any) -> Any:
-    """Return the value of the first of PEFT's patterns that matches a module, or `other`."""
-    # PEFT returns the name itself where none matches
-    return (patterns or {}).get(get_pattern_key(list(patterns or ()), module), other)
 
 
 def attach(
@@ -326,10 +227,7 @@ def target_shapes(model: PreTrainedModel, lora: LoraConfig) -> dict[str, LowRank
     for name, module in linear_modules(model).items():
         if check_target_module_exists(config, name):
             rank = of_module(config.rank_pattern, name, lora.r)
-            if isinstance(module, Conv1D):
-                inputs, outputs = module.weight.shape
-            else:
-                inputs, outputs = module.in_features, module.out_features
+            inputs, outputs = sides(module)
             shapes[name] = LowRank(outputs, inputs, rank)
     return shapes
 

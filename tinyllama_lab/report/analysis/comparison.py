@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -344,8 +345,9 @@ def _scored(row: TrialRow) -> Scored | str:
     if result is None:
         return f"{label}{ABSENT}" + (f" ({why})" if (why := row.trial.read_result()[1]) else "")
     if result.state is not State.DONE:
-        error = (result.error or {}).get("message", "")
-        return f"{label}: {result.state}" + (f" ({error[:120]})" if error else "")
+        # whole words: a setting that is cut in its middle would be another one
+        error = shorten((result.error or {}).get("message", ""), 120, placeholder=" …")
+        return f"{label}: {result.state}" + (f" ({error})" if error else "")
     losses = read_losses(row.evaluations.per_example_file)
     fingerprint = result.data.get("eval_fingerprint")
     if losses is None or not fingerprint:

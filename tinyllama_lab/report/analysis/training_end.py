@@ -37,7 +37,7 @@ def training_end(cells: Sequence[RankedCell]) -> Iterator[str]:
         if (first.settings.get("train.epochs") or 0) <= 1 and not _repeats_rows(first):
             yield from _still_falling([step_losses(t.row.trial) for t in chosen.trials])
         yield from _better_before(chosen.trials)
-        yield from _kept(chosen.trials)
+        yield from _kept(chosen)
 
 
 def _repeats_rows(trial: Scored) -> bool:
@@ -62,20 +62,17 @@ def _still_falling(curves: Sequence[dict[int, float]]) -> Iterator[str]:
         )
 
 
-def _kept(trials: Sequence[Scored]) -> Iterator[str]:
+def _kept(chosen: RankedCell) -> Iterator[str]:
     """Yield which steps of the chosen setting `train.keep=best` kept."""
-    steps = [trial.metric("heldout/best_step") for trial in trials]
-    if trials[0].settings.get("train.keep") != "best" or None in steps:
-        return
-    last = {max(step_losses(trial.row.trial), default=0) for trial in trials}
-    yield (
-        f"train.keep=best kept the adapter after step {_numbers(steps)} of "
-        f"{_numbers(sorted(last))}"
-    )
-
-
-def _numbers(values: Sequence[float | None]) -> str:
-    return ", ".join(f"{value:.0f}" for value in values if value is not None)
+    trials, kept = chosen.trials, []
+    for trial in trials:
+        step = trial.metric("heldout/best_step")
+        if trial.settings.get("train.keep") != "best" or step is None:
+            return
+        last = max(step_losses(trial.row.trial), default=0)
+        kept.append(f"{step:.0f} of {last} (seed {trial.seed})")
+    name = f" of {chosen.label}" if chosen.label else ""
+    yield f"train.keep=best kept the adapter{name} after step {', '.join(kept)}"
 
 
 def _rungs(trial: Scored) -> dict[int, Array]:

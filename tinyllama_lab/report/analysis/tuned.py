@@ -19,13 +19,20 @@ NEEDS_OWN_RATE = (
     "lora.r",
     "lora.alpha",
     "lora.variant",
+    "lora.init",
     "lora.targets",
+    "lora.layers",
+    "lora.bias",
+    "lora.modules_to_save",
     "quant.kind",
+    "train.optimizer",
+    "train.loraplus_ratio",
     "train.batch_size",
     "train.epochs",
     "train.max_steps",
     "data.n",
 )
+_RANKS = "lora.rank_pattern."  # one key for each name
 
 
 def rate_clause(
@@ -44,7 +51,7 @@ def rate_clause(
     every = sorted({rate for side_rates in rates for rate in side_rates})
     if RATE not in tuned and len(every) > 1:
         return _averaged(every, [losses for _, losses in sides])
-    if key not in NEEDS_OWN_RATE:
+    if not _needs_own_rate(key):
         return ""
     if RATE in tuned:
         rates_by_value = "; ".join(
@@ -67,15 +74,18 @@ def _averaged(rates: Sequence[Any], sides: Sequence[Mapping[Any, Sequence[float]
 def untuned_sentence(rows: Sequence[TrialRow]) -> str:
     """Return a warning if the settings share one untuned learning rate; empty otherwise."""
     rates = {row.settings.get(RATE) for row in rows}
-    differing = [
-        key for key in NEEDS_OWN_RATE if len({show(r.settings.get(key)) for r in rows}) > 1
-    ]
+    keys = {key for row in rows for key in row.settings if _needs_own_rate(key)}
+    differing = [key for key in keys if len({show(row.settings.get(key)) for row in rows}) > 1]
     if not differing or RATE in rows[0].tuned or len(rates) > 1:
         return ""
     return (
         f"All ran at learning rate {show(rates.pop())}, which was not tuned: with tune=train.lr "
         "the order may be another."
     )
+
+
+def _needs_own_rate(key: str) -> bool:
+    return key in NEEDS_OWN_RATE or key.startswith(_RANKS)
 
 
 def _from_to(values: Sequence[Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -159,14 +159,8 @@ def forecast(plan: Plan, process: Forecasting, launcher: str = "local") -> Forec
     trials = []
     for planned in plan.todo:
         costs, estimate = known[planned.trial.key]
-        pack = pack_of[planned.trial.key]
         facts = reply["trials"][planned.trial.key]
-        # what no pack holds runs alone, whatever its neighbours do
-        size = pack if facts["packed"] else facts | {"together": 1}
-        facts |= {
-            "pack_micro_batch_tokens": size["micro_batch_tokens"],
-            "scored_together": size["together"],
-        }
+        facts |= _shared(facts, pack_of[planned.trial.key])
         speed = None
         if not facts["is_guessed"]:
             speed = speed_of(costs, hardware.card, reply["machine"], facts)
@@ -179,6 +173,15 @@ def forecast(plan: Plan, process: Forecasting, launcher: str = "local") -> Forec
         )
     compares = any(key != "seed" for key in plan.swept)
     return Forecast(plan.config, trials, reply, workers, members, compares)
+
+
+def _shared(facts: Mapping[str, Any], pack: Mapping[str, Any]) -> dict[str, int]:
+    """Return what a trial shares with its pack; without packs it runs alone."""
+    size = pack if facts["packed"] else {**facts, "together": 1}
+    return {
+        "pack_micro_batch_tokens": size["micro_batch_tokens"],
+        "scored_together": size["together"],
+    }
 
 
 def _threads(hardware: HardwareConfig, slots: SlotPool | None) -> int | None:

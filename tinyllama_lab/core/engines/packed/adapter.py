@@ -14,6 +14,7 @@ from torch import nn
 
 from tinyllama_lab.core.engines.packed.layout import Layout, MatrixOffsets
 from tinyllama_lab.core.models import lora
+from tinyllama_lab.core.models.targets import of_module
 from tinyllama_lab.study.trial import ADAPTER_WEIGHTS
 
 
@@ -184,7 +185,7 @@ class PackedAdapter:
     def _scaling(self, module: str) -> float:
         """Return what PEFT multiplies the update of a module with."""
         rank = self.layout.offsets[module].shape.rank
-        alpha = lora.of_module(self.config.alpha_pattern, module, self.config.lora_alpha)
+        alpha = of_module(self.config.alpha_pattern, module, self.config.lora_alpha)
         return float(alpha / (rank**0.5 if self.config.use_rslora else rank))
 
     def _joined(self, neighbours: list[MatrixOffsets]) -> Pairs:

@@ -119,6 +119,9 @@ def _attend_rows(
     hidden = None if is_plain else _hidden(longest, window, q.device)
     if softcap is not None and hidden is not None:
         return _capped(q, k, v, scaling, softcap, hidden)
+    if q.is_cuda:
+        # with fewer keys than queries, the kernels of older cards keep all scores
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     return functional.scaled_dot_product_attention(
         q,
         k,
