@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFTS
-from transformers import PreTrainedModel
+from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel
 
 from tests.decoders import DECODERS, decoder
 from tests.llamas import base_of, examples, gradients, items_of, llama, make_b_random, settings
@@ -17,6 +17,7 @@ from tinyllama_lab.config.targets import group_names
 from tinyllama_lab.core.engines.base import WorkItem
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
 from tinyllama_lab.core.models import lora, targets
+from tinyllama_lab.core.training.pack_check import why_not_packed
 from tinyllama_lab.errors import ModelError
 
 LLAMA = {
@@ -179,3 +180,24 @@ def test_what_matches_nothing_is_refused(kind: str) -> None:
     with pytest.raises(ModelError) as caught:
         lora.peft_config(llama(), config)
     assert message in str(caught.value)
+
+
+def test_a_model_is_as_before_when_peft_refuses_a_module_halfway() -> None:
+    config = MambaConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=2, state_size=4, time_step_rank=2
+    )
+    model = MambaForCausalLM(config).requires_grad_(False).eval()
+    before, ids = list(model.named_modules()), torch.arange(9)[None]
+    with torch.no_grad():
+        logits = model(ids).logits
+    with pytest.raises(ModelError, match="'out_proj' is incompatible") as caught:
+        lora.attach(model, settings(targets="all_linear"), 0)
+    assert list(model.named_modules()) == before
+    assert not any(p.requires_grad for p in model.parameters())
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, logits)
+    assert why_not_packed(base_of(model)) == "PEFT cannot adapt all of its linear layers"
+    # what it says instead works
+    names = str(caught.value).rpartition("; set lora.targets=[")[2].rstrip("]").split(",")
+    adapted = lora.attach(model, settings(targets=names), 0)
+    assert lora.trainable(adapted)

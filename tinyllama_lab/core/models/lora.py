@@ -28,6 +28,7 @@ from tinyllama_lab.core.models.targets import (
     sides,
     target_modules,
 )
+from tinyllama_lab.errors import ModelError
 from tinyllama_lab.study.trial import ADAPTER_WEIGHTS
 
 _NOTED_SHARE = 0.01  # of the weights; if as many have no adapter, a note says so
@@ -112,18 +113,41 @@ def attach(
     Those of A in `first_a`, by module name, replace drawn ones.
 
     Raises:
-        ModelError: as in `peft_config`.
+        ModelError: as in `peft_config`, or PEFT refuses a module; the base is as it was.
     """
     config = peft_config(model, lora)
     # PEFT draws initial values from the global generator, and later its dropout masks
     torch.manual_seed(seed)
     revision = getattr(model.config, "_commit_hash", None)  # of the base, for AutoPeftModel
-    with no_peft_deprecation():
-        adapted = peft.get_peft_model(model, config, revision=revision)
+    before = dict(model.named_modules())
+    try:
+        with no_peft_deprecation():
+            adapted = peft.get_peft_model(model, config, revision=revision)
+    except ValueError as error:
+        # PEFT refuses some modules of some models, after it has replaced others
+        _restore(model, before)
+        raise ModelError(_refusal(model, lora, " ".join(str(error).split()))) from error
     for name, value in (first_a or {}).items():
         module: Any = adapted.get_base_model().get_submodule(name)
         module.lora_A["default"].weight.data.copy_(value)
     return adapted
+
+
+def _restore(model: nn.Module, before: Mapping[str, nn.Module]) -> None:
+    for name, module in before.items():  # parents come first
+        if model.get_submodule(name) is not module:
+            parent, _, short = name.rpartition(".")
+            setattr(model.get_submodule(parent), short, module)
+    model.requires_grad_(False)
+
+
+def _refusal(model: PreTrainedModel, lora: LoraConfig, why: str) -> str:
+    others = sorted({name.rpartition(".")[2] for name in linear_modules(model)})
+    others = [name for name in others if f"'{name}'" not in why]
+    return (
+        f"lora.targets must name modules that PEFT can adapt in this model, got {lora.targets!r} "
+        f"({why}); set lora.targets=[{','.join(others)}]"
+    )
 
 
 def first_values(

@@ -20,6 +20,7 @@ from tinyllama_lab.core.engines.packed.llama import why_not_llama
 from tinyllama_lab.core.engines.peft import PeftEngine
 from tinyllama_lab.core.models.loading import Base
 from tinyllama_lab.core.out_of_memory import is_out_of_memory
+from tinyllama_lab.errors import ModelError
 
 # LLM.int8 multiplies in 16 bits what lies in a column with an outlier, in whichever row
 INT8 = "in int8 the rows of one adapter change what others get"
@@ -44,6 +45,8 @@ def why_not_packed(base: Base) -> str | None:
     try:
         with closing(PackedEngine(base)) as engine:
             return _difference(base, engine)
+    except ModelError:  # of the adapters that try it
+        return "PEFT cannot adapt all of its linear layers"
     except Exception as error:
         raise_if_fatal(error)
         if is_out_of_memory(error):
