@@ -15,6 +15,8 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     LlamaForCausalLM,
 )
 
@@ -166,6 +168,23 @@ def test_a_token_for_images_needs_no_row(load: Any, tmp_path: Path) -> None:
     assert tokenizer.image_token_id == 260  # behind the last row, as that of Gemma 3 1B is
     tokenizer.save_pretrained(folder)
     assert load(source="local", path=str(folder)).parameters > 0
+
+
+def test_a_decoder_of_text_and_images_is_refused(load: Any, tmp_path: Path) -> None:
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    image = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    image |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    rows = len(AutoTokenizer.from_pretrained(tiny.folder()))
+    marks = {f"{name}_token_index": rows + n for n, name in enumerate(("image", "boi", "eoi"))}
+    text["vocab_size"] = rows + len(marks)
+    config = Gemma3Config(
+        text_config=text, vision_config=image, mm_tokens_per_image=4, pad_token_id=0, **marks
+    )
+    folder = changed_copy(tmp_path / "model")
+    Gemma3ForConditionalGeneration(config).save_pretrained(folder)
+    with pytest.raises(ModelError, match="decoder of text alone, got Gemma3ForConditional"):
+        load(source="local", path=str(folder))
 
 
 def test_a_padding_id_behind_the_embedding_is_refused(load: Any, tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def load_weights(
     """Return the model of a folder on a device, quantized as `quant` says.
 
     Raises:
-        ModelError: the folder lacks some of the weights.
+        ModelError: the folder lacks some of the weights, or the model does not read text alone.
     """
     options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, **TRUSTED_FILES}
     if quant.kind != "none":
@@ -111,6 +111,11 @@ def load_weights(
     load: Any = AutoModelForCausalLM.from_pretrained
     with no_progress_bar():
         base_model, loading_info = load(folder, **options)
+    if base_model.config.get_text_config() is not base_model.config:
+        raise ModelError(
+            f"model must be a decoder of text alone, got {type(base_model).__name__} in {folder}, "
+            "which reads images or sound too; choose a model of text from the same family"
+        )
     _check_weights(loading_info["missing_keys"], folder)
     return nn.Module.to(base_model, device) if quant.kind == "none" else base_model
 
