@@ -158,7 +158,12 @@ def test_what_was_saved_loads_in_peft_with_the_same_ranks_and_scale(tmp_path: An
 
 WRONG: dict[str, tuple[LoraConfig, str]] = {
     "no such module": (settings(targets=["c_attn"]), "got c_attn; this model has down_proj"),
-    "nothing matches": (settings(targets="regex:.*nope"), "got 'regex:.*nope'"),
+    "nothing matches": (settings(targets="regex:.*nope"), "q_proj; set lora.targets=all_linear"),
+    "all is copied": (
+        settings(modules_to_save=["model"]),
+        "layers outside model, got 'all_linear' and 'all'; this model has layers such as "
+        "model.layers.0.self_attn.q_proj; set lora.modules_to_save=[]",
+    ),
     "no linear layer": (settings(targets="regex:.*norm"), "input_layernorm"),
     "the head": (settings(targets="regex:.*lm_head"), "before the head"),
     "too many layers": (settings(layers="last_9"), "3 from 0 to 2, got last_9"),
@@ -169,7 +174,7 @@ WRONG: dict[str, tuple[LoraConfig, str]] = {
     ),
     "no such pattern": (
         settings(targets="mlp", rank_pattern={"q_proj": 2}),
-        "got 'q_proj'; adapted are down_proj, gate_proj, up_proj",
+        "got 'q_proj'; adapted are down_proj, gate_proj, up_proj; set 'lora.rank_pattern={down_",
     ),
 }
 

@@ -159,9 +159,10 @@ def check(model: PreTrainedModel, lora: LoraConfig, adapted: Collection[str]) ->
     """
     names, modules = lora.modules_to_save, [name for name, _ in model.named_modules() if name]
     if missing := missing_names(names, modules):
+        free = _free_names(model, adapted)
         raise ModelError(
             f"lora.modules_to_save must name modules of the model, got {missing[0]}; this model "
-            f"has {', '.join(_free_names(model, adapted))}"
+            f"has {', '.join(free)}; set lora.modules_to_save=[{free[0] if free else ''}]"
         )
     # PEFT compares the ends of names: `norm` would be `input_layernorm` too
     more = [m for m in modules if m.endswith(tuple(names)) and not _ends_whole(m, names)]

@@ -84,12 +84,16 @@ def check_matches(
     if others := [name for name in matched if name not in linear]:
         raise ModelError(
             "lora.targets must match linear layers that lie before the head, got "
-            f"{lora.targets!r}, which matches {others[0]}"
+            f"{lora.targets!r}, which matches {others[0]}; set lora.targets=all_linear"
         )
     if not matched:
+        whole, remedy = lora.modules_to_save, "lora.targets=all_linear"
+        if whole:
+            remedy = "lora.modules_to_save=[]"
         raise ModelError(
-            f"lora.targets and lora.layers must match linear layers, got {lora.targets!r} and "
-            f"{lora.layers!r}; this model has layers such as {next(iter(linear))}"
+            f"lora.targets and lora.layers must match linear layers{' outside ' * bool(whole)}"
+            f"{', '.join(whole)}, got {lora.targets!r} and {lora.layers!r}; this model has layers "
+            f"such as {next(iter(linear))}; set {remedy}"
         )
     _check_patterns(matched, list(config.rank_pattern or ()))
     _check_first_values({name: linear[name] for name in matched}, lora, config)
@@ -103,9 +107,10 @@ def _check_patterns(matched: Sequence[str], patterns: Sequence[str]) -> None:
         for name in matched
     }
     if unused := set(patterns) - {pattern for found in by_name.values() for pattern in found}:
+        adapted = sorted({name.rpartition(".")[2] for name in matched})
         raise ModelError(
             f"lora.rank_pattern must name adapted modules, got {min(unused)!r}; adapted are "
-            f"{', '.join(sorted({name.rpartition('.')[2] for name in matched}))}"
+            f"{', '.join(adapted)}; set 'lora.rank_pattern={{{adapted[0]}: 16}}'"
         )
     # the order of a pattern is not part of a trial's key
     if twice := next((name for name, found in by_name.items() if len(found) > 1), None):
