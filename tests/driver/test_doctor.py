@@ -126,8 +126,9 @@ class FixedForecasting(Forecasting):
 
     def ask(self, packs: Any, *_: object) -> dict[str, Any]:
         pack = {"train_peak_mib": 900.0, "infer_peak_mib": 800.0, "weights_mib": 100.0}
+        pack |= {"micro_batch_tokens": 640, "together": 1}
         facts = {"fits": True, "adapter_mib": 100.0, "is_guessed": False, "is_counted": True}
-        facts |= {"dtype": "float32", "gflops": None}
+        facts |= {"dtype": "float32", "gflops": None, "packed": True}
         return {
             "packs": [pack for _ in packs],
             "trials": {each.trial.key: facts for members in packs for each in members},
