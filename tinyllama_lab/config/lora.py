@@ -80,9 +80,8 @@ class LoraConfig:
             )
         if self.reads_rows and self.rank_pattern:
             yield (
-                f"lora.rank_pattern must be null when lora.init={self.init}, where PEFT moves "
-                f"ranks between modules with the same inputs, got {self.rank_pattern}; "
-                "set lora.init=default"
+                f"lora.rank_pattern must be null when lora.init={self.init}, which gives every "
+                f"module the rank lora.r, got {self.rank_pattern}; set lora.init=default"
             )
         if self.shifts_base and self.of_base is not None:
             yield (

@@ -35,7 +35,7 @@ def why_not_llama(model: PreTrainedModel) -> str | None:
     config: Any = model.config
     rotary = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if config.model_type not in LLAMAS:
-        return f"its architecture is {config.model_type}, not llama"
+        return f"its architecture is {config.model_type}"
     if config.hidden_act != "silu":
         return f"its activation is {config.hidden_act}, not silu"
     layers = getattr(config, "layer_types", None) or []
