@@ -341,6 +341,16 @@ def test_losses_that_are_no_numbers_are_found_out() -> None:
     assert reason is not None and "nan" in reason
 
 
+def test_a_model_that_fails_on_packed_rows_says_how() -> None:
+    model: Any = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(
+            "falcon", vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4
+        )
+    )
+    reason = check.why_not_packed(base_of(model.requires_grad_(False).eval()))
+    assert reason is not None and "does not take packed rows (TypeError: " in reason
+
+
 def test_a_model_with_another_attention_is_found_out() -> None:
     model: Any = decoder("granite")
     for layer in model.model.layers:

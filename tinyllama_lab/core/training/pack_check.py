@@ -17,6 +17,8 @@ from tinyllama_lab.config.lora import plain_lora
 from tinyllama_lab.core.context import raise_if_fatal
 from tinyllama_lab.core.dataset.example import Example
 from tinyllama_lab.core.engines.base import Engine, WorkItem
+from tinyllama_lab.core.engines.packed.any_decoder import UnknownPassError
+from tinyllama_lab.core.engines.packed.apart import UnknownAttentionError
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
 from tinyllama_lab.core.engines.packed.llama import why_not_llama
 from tinyllama_lab.core.engines.peft import PeftEngine
@@ -55,11 +57,13 @@ def why_not_packed(base: Base) -> str | None:
         return reason
     except ModelError:  # of the adapters that try it
         return "PEFT cannot adapt all of its linear layers"
-    except Exception as error:
+    except (UnknownPassError, UnknownAttentionError) as error:
+        return f"packed batches do not run: {error}"
+    except Exception as error:  # raised by the model, in whatever way
         raise_if_fatal(error)
         if is_out_of_memory(error):
             raise
-        return f"packed batches do not run: {error}"
+        return f"its forward pass does not take packed rows ({type(error).__name__}: {error})"
 
 
 def _in_float32(base: Base) -> Base | None:
