@@ -33,6 +33,7 @@ INT8 = "in int8 the rows of one adapter change what others get"
 LENGTHS = (21, 9, 18)  # tokens of the rows: two share a bucket of attention, one has its own
 LONGEST_WINDOW = 1024  # where a sliding window is no longer, a row goes beyond it
 SCALE = 0.02  # of the random B
+BYTES_IN_FLOAT32 = 12  # a parameter of a copy of the base, of joined products, and to spare
 NEW_TOKENS = 3  # generated after every row
 # What losses and gradients may differ by, as a share. In half precision, rounding alone moves the
 # gradients of 30 layers by 4 to 7 %, in PEFT as in a pack, and losses by less than 0.5 %.
@@ -41,10 +42,11 @@ LOSS_IN_HALF, GRADIENT_IN_HALF, GRADIENT_IN_4BIT = 0.02, 0.05, 0.15
 _LORA = plain_lora(r=2, targets="all_linear")
 
 
-def why_not_packed(base: Base) -> str | None:
+def why_not_packed(base: Base, workers: int = 1) -> str | None:
     """Return why adapters of a base cannot train together, or None if they can.
 
     The forward pass of Llama is that of the tests. Any other is tried here, on a few rows.
+    `workers` share the memory of a CPU.
     """
     if base.model.config.model_type == "llama" and why_not_llama(base.model) is None:
         return None
@@ -52,7 +54,7 @@ def why_not_packed(base: Base) -> str | None:
         return INT8
     try:
         reason = _difference(base)
-        if reason is not None and (precise := _in_float32(base)) is not None:
+        if reason is not None and (precise := _in_float32(base, workers)):
             return _difference(precise)
         return reason
     except ModelError:  # of the adapters that try it
@@ -66,13 +68,15 @@ def why_not_packed(base: Base) -> str | None:
         return f"its forward pass does not take packed rows ({type(error).__name__}: {error})"
 
 
-def _in_float32(base: Base) -> Base | None:
+def _in_float32(base: Base, workers: int) -> Base | None:
     """Return a copy of a base in half precision, where rounding cannot be the reason.
 
     None if it is exact already, has 4 bits, or leaves too little memory.
     """
-    needed_mib = 4 * base.parameters / MIB
-    if base.dtype == torch.float32 or _has_4_bits(base) or needed_mib > free_mib(base.device) / 2:
+    if base.dtype == torch.float32 or _has_4_bits(base):
+        return None
+    free = free_mib(base.device) / (workers if base.device.type == "cpu" else 1)
+    if BYTES_IN_FLOAT32 * base.parameters / MIB > free:
         return None
     return replace(base, model=copy.deepcopy(base.model).float(), dtype=torch.float32)
 

@@ -38,7 +38,7 @@ class TrialStream:
         self._packed: list[Attempt] = []
         self._unpacked: list[Attempt] = []
         # while no adapter is attached: PEFT replaces the modules that this looks at
-        self._reason = why_not_packed(context.base)
+        self._reason = why_not_packed(context.base, context.hardware.workers or 1)
         self._add(tasks)
 
     @property
