@@ -104,7 +104,8 @@ def test_a_base_that_fails_its_check_trains_one_adapter_at_a_time(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     why = "packed rows have other losses than in PEFT, by 40 %"
-    monkeypatch.setattr("tinyllama_lab.core.training.stream.why_not_packed", lambda base, workers: why)
+    place = "tinyllama_lab.core.training.stream.why_not_packed"
+    monkeypatch.setattr(place, lambda base, workers: why)
     trials = [lab.trial({**QUIET, "seed": s}) for s in (0, 1)]
     found = lab.run(trials)
     assert [each.environment["engine"] for each in found] == [f"peft ({why})"] * 2
