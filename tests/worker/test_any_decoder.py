@@ -399,6 +399,27 @@ def test_recomputing_in_peft_brings_no_dropout_of_the_base() -> None:
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("name", ["openai-gpt", "ctrl", "gpt2"])
+def test_blocks_that_transformers_does_not_mark_are_recomputed_too(name: str) -> None:
+    sizes = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "vocab_size": 97}
+    config = AutoConfig.for_model(name, **sizes, **({"dff": 64} if name == "ctrl" else {}))
+    model: Any = AutoModelForCausalLM.from_config(config).requires_grad_(False).eval()
+    runs: list[int] = []
+    blocks = model.base_model.h
+    next(blocks[0].children()).register_forward_hook(lambda *_: runs.append(1))
+    engine = PeftEngine(base_of(model))
+    targets = ["Wq", "Wv"] if name == "ctrl" else ["c_attn"]
+    item = WorkItem(engine.add(settings(targets=targets), 0), example(60))
+    found = []
+    for recomputed in (False, True):
+        engine.checkpoint_activations(recomputed)
+        item.adapter.zero_grad()
+        engine.example_losses([item]).sum().backward()
+        found.append(gradients(item.adapter))
+    assert len(runs) == 3  # once as it is, and twice where backward needs it again
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)
+
+
 def test_generations_that_differ_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = decoder("granite")
     generate = AnyDecoder.generate

@@ -183,6 +183,43 @@ def test_matmuls_of_adapters_do_not_depend_on_the_threads() -> None:
 
 @needs_compiler
 @both
+@pytest.mark.parametrize("is_dropped", [True, False])
+@pytest.mark.parametrize(("tokens", "width"), [(1, 1), (9, 130), (70, 576)])
+def test_outputs_are_scaled_and_their_gradient(
+    tokens: int, width: int, is_dropped: bool, dtype: torch.dtype
+) -> None:
+    rows, gains = draw(tokens, width + 3, dtype=dtype), draw(width)
+    others, exact = rows[:, :3].clone(), rows[:, 3:].double()
+    undropped = draw(tokens, width + 2, dtype=dtype)[:, 2:] if is_dropped else None
+    past = torch.zeros_like(exact) if undropped is None else undropped.double()
+    sums = torch.empty(tokens, width + 1, dtype=dtype)[:, 1:]
+    fused_cpu.rescale_(rows[:, 3:], gains, undropped, sums)
+    close(sums, exact - past, dtype, scale=4)
+    close(rows[:, 3:], (exact - past) * gains.double() + past, dtype, scale=16)
+    assert torch.equal(rows[:, :3], others)
+
+    grad = draw(tokens, width + 5, dtype=dtype)
+    out = torch.full_like(grad, 7.0)
+    products = fused_cpu.rescale_backward(grad[:, 5:], sums, gains, out[:, 5:])
+    close(out[:, 5:], grad[:, 5:].double() * gains.double(), dtype)
+    expected = (grad[:, 5:].double() * sums.double()).sum(0)
+    close(products, expected, torch.float32, scale=tokens)
+    assert bool((out[:, :5] == 7.0).all())
+
+
+@needs_compiler
+def test_sums_over_tokens_do_not_depend_on_the_threads() -> None:
+    grad, sums, gains, threads = draw(70, 300), draw(70, 300), draw(300), torch.get_num_threads()
+    products = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        products.append(fused_cpu.rescale_backward(grad, sums, gains, torch.empty_like(grad)))
+    torch.set_num_threads(threads)
+    assert torch.equal(products[0], products[1]) and torch.equal(products[0], products[2])
+
+
+@needs_compiler
+@both
 def test_nan_stays_in_its_row(dtype: torch.dtype) -> None:
     def rows_with_nan(result: torch.Tensor) -> list[int]:
         return result.isnan().flatten(1).any(1).nonzero().flatten().tolist()
@@ -239,6 +276,10 @@ def test_what_the_loops_would_misread_is_refused() -> None:
         fused_cpu.expand_(one, one.T, one, 1.0)
     with pytest.raises(ValueError, match="contiguous or transposed"):
         fused_cpu.project(one[:, :2], torch.zeros(2, 8)[:, ::2], 1.0, one)
+    with pytest.raises(ValueError, match="the dtype must be torch.float32, got torch.bfloat16"):
+        fused_cpu.rescale_(one, half[0], None, one)
+    with pytest.raises(ValueError, match="the dtype must be torch.float32, got torch.bfloat16"):
+        fused_cpu.rescale_backward(one, half, one[0], one)
     with pytest.raises(ValueError, match="at most 4096 scores"):
         fused_cpu.causal_softmax_(torch.zeros(1, 1, 4097), 1.0)
 

@@ -16,7 +16,6 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tinyllama_lab.config.lora import LoraConfig
 from tinyllama_lab.core.dataset.dataset import Example
@@ -28,8 +27,8 @@ from tinyllama_lab.core.engines.sampling import TokenSampling
 from tinyllama_lab.core.models import lora
 from tinyllama_lab.core.models.base_weights import BaseCopies
 from tinyllama_lab.core.models.eva import InputDirections
-from tinyllama_lab.core.models.heads import has_plain_head
 from tinyllama_lab.core.models.loading import Base
+from tinyllama_lab.core.models.parts import decoder_blocks, has_plain_head
 from tinyllama_lab.core.models.quiet import no_bias_warning
 from tinyllama_lab.metrics import MIB
 
@@ -246,7 +245,7 @@ def _recomputed_blocks(model: nn.Module) -> Iterator[None]:
 
     Transformers does so only for blocks in training mode, where some have dropout of their own.
     """
-    blocks = [each for each in model.modules() if isinstance(each, GradientCheckpointingLayer)]
+    blocks = decoder_blocks(model)
     before = [vars(block).get("forward") for block in blocks]
     for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)

@@ -20,9 +20,9 @@ from tinyllama_lab.core.engines.packed.attention import LONGEST_KEPT
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
 from tinyllama_lab.core.engines.peft import PeftEngine
 from tinyllama_lab.core.meter import kept_mib
-from tinyllama_lab.core.models.heads import has_plain_head
 from tinyllama_lab.core.models.loading import Base
 from tinyllama_lab.core.models.outline import Outline
+from tinyllama_lab.core.models.parts import has_plain_head
 
 _VOCABULARY = 64  # of the traced layers where nothing of the vocabulary's size is kept
 

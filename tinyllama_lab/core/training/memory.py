@@ -20,7 +20,7 @@ from tinyllama_lab.core.engines.packed.attention import LONGEST_FUSED, LONGEST_K
 from tinyllama_lab.core.engines.packed.head import logits_mib
 from tinyllama_lab.core.evaluation.load import ScoringLoad
 from tinyllama_lab.core.meter import free_mib, kept_mib
-from tinyllama_lab.core.models.heads import has_plain_head
+from tinyllama_lab.core.models.parts import has_plain_head
 from tinyllama_lab.core.out_of_memory import is_out_of_memory, unless_out_of_memory
 from tinyllama_lab.core.training.micro_batch import SIZES
 from tinyllama_lab.metrics import MIB

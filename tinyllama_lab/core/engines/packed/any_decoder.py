@@ -21,7 +21,6 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from tinyllama_lab.core.engines.base import WorkItem
@@ -35,8 +34,8 @@ from tinyllama_lab.core.engines.packed.linear import PackedLinear
 from tinyllama_lab.core.engines.packed.segments import ModuleColumns
 from tinyllama_lab.core.engines.packed.weights import FrozenWeight, joint_bias
 from tinyllama_lab.core.engines.sampling import TokenSampling
-from tinyllama_lab.core.models.heads import has_plain_head
 from tinyllama_lab.core.models.loading import Base
+from tinyllama_lab.core.models.parts import decoder_blocks, has_plain_head
 
 ATTENTION = "packed_sequences"  # its name in transformers' registry
 # names of layers that read one input in most architectures; in others nothing is joined
@@ -122,12 +121,13 @@ class AnyDecoder:
         self.module_numbers: dict[str, int] = {}  # of every adaptable module, by name
         self._has_plain_head = has_plain_head(self._model)
         self._wrapped: list[Any] = []
+        blocks = set(decoder_blocks(self._model))
         for name, module in self._model.named_modules():
             for names in _linear_children(module, but=self._head):
                 self._wrap_linears(name, module, names, keep_dequantized)
             if (norm := rms_norm_like(module)) is not None:
                 self._wrap(module, partial(_normed, norm, _forward_of(module)))
-            elif isinstance(module, GradientCheckpointingLayer):
+            elif module in blocks:
                 self._wrap(module, partial(self._block, _forward_of(module)))
 
     def close(self) -> None:

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 import torch
 
+from tinyllama_lab.core.engines.packed import fused_cpu
+
 LEAST_SQUARE = 1e-24  # of a norm that is divided by
 
 
@@ -51,15 +53,35 @@ def rescale(
     Returns:
         The sums, `[tokens, columns]`.
     """
-    sums = torch.cat([rows[:, each] for each in columns], dim=1)
-    if undropped is not None:
-        sums -= undropped
-    scaled = sums * torch.cat(list(gains))
-    if undropped is not None:
-        scaled += undropped
-    begin = 0
-    for each in columns:
-        width = each.stop - each.start
-        rows[:, each] = scaled[:, begin : begin + width]
-        begin += width
+    widths = [each.stop - each.start for each in columns]
+    sums = rows.new_empty(len(rows), sum(widths))
+    past = [None] * len(widths) if undropped is None else undropped.split(widths, dim=1)
+    for each, gain, kept, added in zip(columns, gains, sums.split(widths, 1), past, strict=True):
+        scaled = rows[:, each]
+        if fused_cpu.supports(rows):
+            fused_cpu.rescale_(scaled, gain, added, kept)
+            continue
+        kept.copy_(scaled if added is None else scaled - added)
+        product = kept * gain
+        scaled.copy_(product if added is None else product + added)
     return sums
+
+
+def rescale_backward(
+    grad: torch.Tensor, sums: torch.Tensor, gain: torch.Tensor, out: torch.Tensor
+) -> torch.Tensor:
+    """Fill `out [tokens, outputs]` with the gradient of a module's sums.
+
+    Args:
+        grad: of what `rescale` made of the sums, `[tokens, outputs]`.
+        sums: `[tokens, outputs]`.
+        gain: the magnitude over the norm, `[outputs]`.
+        out: receives `grad * gain`.
+
+    Returns:
+        The gradient of the gain, `[outputs]` in float32.
+    """
+    if fused_cpu.supports(grad):
+        return fused_cpu.rescale_backward(grad, sums, gain, out)
+    out.copy_(grad * gain)
+    return (grad.float() * sums.float()).sum(0)

@@ -266,6 +266,58 @@ void scatter(int threads, int64_t sequences, int64_t heads, int64_t longest, int
     }
 }
 
+// DoRA: rows [tokens, width] become `sums * gains + undropped`, where sums = rows - undropped, which
+// are kept. `undropped` may be null, for zeros.
+template <typename T>
+void rescale(int threads, int64_t tokens, int64_t width, T *rows, int64_t stride,
+             const float *gains, const T *undropped, int64_t undropped_stride, T *sums,
+             int64_t sums_stride) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t token = 0; token < tokens; ++token) {
+        T *at = rows + token * stride, *sum = sums + token * sums_stride;
+        if (undropped == nullptr) {
+#pragma omp simd
+            for (int64_t i = 0; i < width; ++i) {
+                sum[i] = at[i];
+                at[i] = rounded<T>(load(at[i]) * gains[i]);
+            }
+            continue;
+        }
+        const T *past = undropped + token * undropped_stride;
+#pragma omp simd
+        for (int64_t i = 0; i < width; ++i) {
+            float summed = kept<T>(load(at[i]) - load(past[i]));
+            sum[i] = rounded<T>(summed);
+            at[i] = rounded<T>(summed * gains[i] + load(past[i]));
+        }
+    }
+}
+
+// The backward of `rescale`: out = grad * gains, and products [width] = sum of grad * sums over the
+// tokens. A thread has columns of its own, so that the order of a sum depends on no number of them.
+template <typename T>
+void rescale_backward(int threads, int64_t tokens, int64_t width, const T *grad,
+                      int64_t grad_stride, const T *sums, int64_t sums_stride, const float *gains,
+                      float *products, T *out, int64_t out_stride) {
+    constexpr int64_t BLOCK = 128;
+#pragma omp parallel for num_threads(threads)
+    for (int64_t begin = 0; begin < width; begin += BLOCK) {
+        int64_t size = std::min(BLOCK, width - begin);
+        float totals[BLOCK] = {};
+        for (int64_t token = 0; token < tokens; ++token) {
+            const T *dy = grad + token * grad_stride + begin;
+            const T *sum = sums + token * sums_stride + begin;
+            T *to = out + token * out_stride + begin;
+#pragma omp simd
+            for (int64_t i = 0; i < size; ++i) {
+                totals[i] += load(dy[i]) * load(sum[i]);
+                to[i] = rounded<T>(load(dy[i]) * gains[begin + i]);
+            }
+        }
+        std::memcpy(products + begin, totals, size * sizeof(float));
+    }
+}
+
 }  // namespace
 
 #define FOR_DTYPE(T, NAME)                                                                         \
@@ -309,6 +361,19 @@ void scatter(int threads, int64_t sequences, int64_t heads, int64_t longest, int
                         const T *in) {                                                             \
         scatter(threads, sequences, heads, longest, size, stride, starts, lengths, turn, cos, sin, \
                 tokens, in);                                                                       \
+    }                                                                                              \
+    void rescale_##NAME(int threads, int64_t tokens, int64_t width, T *rows, int64_t stride,       \
+                        const float *gains, const T *undropped, int64_t undropped_stride,          \
+                        T *sums, int64_t sums_stride) {                                            \
+        rescale(threads, tokens, width, rows, stride, gains, undropped, undropped_stride, sums,    \
+                sums_stride);                                                                      \
+    }                                                                                              \
+    void rescale_backward_##NAME(int threads, int64_t tokens, int64_t width, const T *grad,        \
+                                 int64_t grad_stride, const T *sums, int64_t sums_stride,          \
+                                 const float *gains, float *products, T *out,                      \
+                                 int64_t out_stride) {                                             \
+        rescale_backward(threads, tokens, width, grad, grad_stride, sums, sums_stride, gains,      \
+                         products, out, out_stride);                                               \
     }
 
 extern "C" {

@@ -58,6 +58,8 @@ _PARAMETERS = {  # after the number of threads, in the letters of `_TYPES`
     "project": "nnnpnpifpn",
     "expand": "nnnpnpifpn",
     "reduce": "nnnpnpnfpi",
+    "rescale": "nnpnppnpn",
+    "rescale_backward": "nnpnpnpppn",
 }
 
 
@@ -205,6 +207,40 @@ def reduce_(total: torch.Tensor, h: torch.Tensor, x: torch.Tensor, scale: float)
     _check_dtypes(torch.float32, total)
     sizes = *h.shape, x.shape[1]
     _call("reduce", h.dtype, *sizes, *_rows(h), *_rows(x), scale, *_matrix(total))
+
+
+def rescale_(
+    rows: torch.Tensor, gains: torch.Tensor, undropped: torch.Tensor | None, sums: torch.Tensor
+) -> None:
+    """Fill `sums = rows - undropped`, then `rows = sums * gains + undropped`.
+
+    Args:
+        rows: `[tokens, width]`; its rows may be slices, as those of the others.
+        gains: `[width]` in float32.
+        undropped: `[tokens, width]`; None for zeros.
+        sums: `[tokens, width]`.
+    """
+    _check_dtypes(rows.dtype, sums, *([] if undropped is None else [undropped]))
+    _check_dtypes(torch.float32, gains)
+    past = (0, 0) if undropped is None else _rows(undropped)
+    _call("rescale", rows.dtype, *rows.shape, *_rows(rows), gains, *past, *_rows(sums))
+
+
+def rescale_backward(
+    grad: torch.Tensor, sums: torch.Tensor, gains: torch.Tensor, out: torch.Tensor
+) -> torch.Tensor:
+    """Fill `out = grad * gains`, all but `gains [width]` as `[tokens, width]`.
+
+    Returns:
+        The sums of `grad * sums` over the tokens, `[width]` in float32.
+    """
+    _check_dtypes(grad.dtype, sums, out)
+    _check_dtypes(torch.float32, gains)
+    products = torch.empty_like(gains)
+    sizes = grad.shape
+    tensors = *_rows(grad), *_rows(sums), gains, products, *_rows(out)
+    _call("rescale_backward", grad.dtype, *sizes, *tensors)
+    return products
 
 
 def _check_dtypes(dtype: torch.dtype, *tensors: torch.Tensor) -> None:

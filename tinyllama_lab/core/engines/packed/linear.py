@@ -109,18 +109,18 @@ class PackedLinear:
         """
         if not inner or not any(s.adapter.layout.has_magnitudes for s in batch.spans):
             return grad
-        result = grad.clone()
-        for part, _, sums in self._kept(inner, batch):
-            if sums is not None:
-                widths = [each.stop - each.start for each in part.columns]
-                for number, (z, norm) in enumerate(
-                    zip(sums.split(widths, dim=1), self._norms(part), strict=True)
-                ):
-                    outer = grad[part.rows, part.columns[number]]
-                    summed = (outer.float() * z.float()).sum(0)
-                    part.pairs.grad_magnitudes[number].add_(summed / norm)
-                    gain = part.pairs.magnitudes[number] / norm
-                    result[part.rows, part.columns[number]] = outer * gain
+        scaled = [(part, sums) for part, _, sums in self._kept(inner, batch) if sums is not None]
+        covered = sum(sums.numel() for _, sums in scaled)
+        # every part has tokens and columns of its own
+        result = torch.empty_like(grad) if covered == grad.numel() else grad.clone()
+        for part, sums in scaled:
+            pairs, norms = part.pairs, self._norms(part)
+            by_module = sums.split([each.stop - each.start for each in part.columns], dim=1)
+            for number, (z, columns) in enumerate(zip(by_module, part.columns, strict=True)):
+                gain = pairs.magnitudes[number] / norms[number]
+                outer, inner_grad = grad[part.rows, columns], result[part.rows, columns]
+                of_gain = dora.rescale_backward(outer, z, gain, inner_grad)
+                pairs.grad_magnitudes[number].add_(of_gain / norms[number])
         return result
 
     def add_undropped(
