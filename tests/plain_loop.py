@@ -12,6 +12,7 @@ import peft
 import torch
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
+from transformers import Trainer
 from transformers.optimization import Adafactor
 from transformers.trainer_pt_utils import LabelSmoother
 
@@ -110,6 +111,7 @@ def plain_loop(
         r=config.r,
         lora_alpha=2 * config.r,
         target_modules=wanted,
+        init_lora_weights={"pissa": "pissa_niter_16", "default": True}[config.init],
         use_rslora=config.variant == "rslora",
         use_dora=config.variant == "dora",
         bias=config.bias,
@@ -132,9 +134,15 @@ def plain_steps(model: Any, science: Science, examples: Sequence[Example]) -> li
     kind, extra = OPTIMIZERS[train.optimizer]
     options = {"lr": train.lr, "weight_decay": train.weight_decay, **extra}
     if ratio := train.loraplus_ratio:
+        options["loraplus_weight_decay"] = options.pop("weight_decay")
         optimizer = create_loraplus_optimizer(model, kind, loraplus_lr_ratio=ratio, **options)
     else:
-        optimizer = kind(parameters, **options)
+        decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        both: list[dict[str, Any]] = [{"params": [p for n, p in named if n in decayed]}]
+        others = [p for n, p in named if n not in decayed]
+        both += [{"params": others, "weight_decay": 0.0}] if others else []
+        optimizer = kind(both, **options)
     peaks = [group["lr"] for group in optimizer.param_groups]
     found = []
     for step, rows in enumerate(batches(len(examples), train, science.seed)):

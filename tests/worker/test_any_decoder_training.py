@@ -26,6 +26,9 @@ PACK: list[dict[str, Any]] = [
     {"lora.r": 2, "train.lr": 3e-3, "train.weight_decay": 0.1},  # of some modules
     {"lora.r": 3, "lora.variant": "dora", "train.lr": 1e-3},
 ]
+# whose first product the base keeps, with an optimizer that makes nothing of the last bits
+SHIFTED = {"lora.r": 4, "lora.init": "pissa", "lora.dropout": 0.2, "seed": 5}
+SHIFTED |= {"train.optimizer": "sgd", "train.lr": 0.02}
 NOISY = {"lora.r": 4, "lora.dropout": 0.2, "train.neftune_alpha": 5.0, "seed": 4}
 
 
@@ -53,7 +56,7 @@ def trainers_of(engine: Any, chosen: list[Science], folder: Path) -> list[Adapte
 def test_twenty_steps_of_a_mixed_pack_equal_plain_peft(
     name: str, ours: bool, configure: Any, tmp_path: Path
 ) -> None:
-    chosen = sciences(name, configure, NOISY)
+    chosen = sciences(name, configure, NOISY, SHIFTED)
     engine = packed_engine(decoder(name), ours)
     trainers = trainers_of(engine, chosen, tmp_path)
     train_all(engine, trainers, tokens=200)
@@ -63,8 +66,13 @@ def test_twenty_steps_of_a_mixed_pack_equal_plain_peft(
         trainers[number].adapter.save(tmp_path / f"adapter{number}")
         saved = load_file(tmp_path / f"adapter{number}" / "adapter_model.safetensors")
         assert saved.keys() == matrices.keys()
+        # AdamW makes as much of a gradient of rounding as of any other
+        most = 1e-5 if science.train.optimizer == "sgd" else 1e-2
         for key, matrix in matrices.items():
-            assert (saved[key] - matrix).norm() <= 1e-2 * matrix.norm(), key
+            found = saved[key]
+            if science.lora.shifts_base:  # the first values are saved behind it
+                found = found.chunk(2, dim=0 if ".lora_A." in key else 1)[0]
+            assert (found - matrix).norm() <= most * matrix.norm(), key
 
 
 @pytest.mark.parametrize(("name", "ours"), WAYS)
@@ -72,7 +80,7 @@ def test_a_deterministic_pack_gives_every_bit_of_each_adapter_alone(
     name: str, ours: bool, configure: Any, tmp_path: Path
 ) -> None:
     """With dropout and NEFTune, whose noise no neighbour may change."""
-    chosen = sciences(name, configure, NOISY, **{"train.max_steps": 4})
+    chosen = sciences(name, configure, NOISY, SHIFTED, **{"train.max_steps": 4})
     engine = packed_engine(decoder(name), ours, mixed=False)
     together = trainers_of(engine, chosen, tmp_path / "pack")
     train_all(engine, together, tokens=200)

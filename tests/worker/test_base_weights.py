@@ -29,6 +29,7 @@ from tinyllama_lab.study.trial import TrialFolder
 
 ROWS = [example(6 + 5 * (n % 4), n) for n in range(8)]
 STEPS = {"train.max_steps": 4, "train.lr": 1e-2, "train.batch_size": 4, "lora.alpha": None}
+STEPS["train.weight_decay"] = 0.5
 
 
 @dataclass(frozen=True)

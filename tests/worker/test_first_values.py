@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,29 @@ def test_a_shifted_adapter_trains_as_in_peft_over_an_unchanged_base(
         assert engine.example_losses(items_of(again, ROWS)).tolist() == pytest.approx(trained)
         alone = [float(loss) for loss in peft_losses(lora.attach_saved(model_of(name), tmp_path))]
     assert alone == pytest.approx(trained, rel=2e-5)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_slow_shift_in_bfloat16_is_what_its_file_gives_in_peft(
+    init: str, tmp_path: Path
+) -> None:
+    """What a few steps change is less than bfloat16 can add to the first values."""
+    model: Any = llama().bfloat16()
+    engine = PackedEngine(replace(base_of(model), dtype=torch.bfloat16))
+    adapter = engine.add(settings(r=4, init=init), 0)
+    optimizer = torch.optim.AdamW(adapter.parameters, lr=3e-5, weight_decay=0.0)
+    for _ in range(30):
+        adapter.zero_grad()
+        engine.example_losses(items_of(adapter, ROWS)).sum().backward()
+        optimizer.step()
+        adapter.updated()
+    with torch.no_grad():
+        bare = engine.example_losses(items_of(None, ROWS)).sum().item()
+        found = engine.example_losses(items_of(adapter, ROWS)).sum().item()
+        adapter.save(tmp_path)
+        alone = float(torch.stack(peft_losses(lora.attach_saved(model, tmp_path))).sum())
+    assert bare - alone > 0.02 * bare
+    assert abs(found - alone) < 0.05 * (bare - alone)  # twice as much if products were subtracted
 
 
 def test_the_file_is_what_peft_writes_when_it_converts(tmp_path: Path) -> None:

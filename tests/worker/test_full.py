@@ -30,7 +30,7 @@ from tinyllama_lab.study.trial import State, TrialFolder
 ROWS = [example(6 + 5 * (n % 4), n) for n in range(8)]
 LABELS = sum(sum(row.loss_mask[1:]) for row in ROWS)
 FULL = {"lora.variant": "full"}
-SHORT = {"train.max_steps": 20, "train.lr": 1e-3, "train.batch_size": 4}
+SHORT = {"train.max_steps": 20, "train.lr": 1e-3, "train.batch_size": 4, "train.weight_decay": 0.5}
 
 
 def tied() -> PreTrainedModel:

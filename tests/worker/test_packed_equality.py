@@ -57,8 +57,7 @@ def test_every_optimizer_takes_the_steps_that_its_library_takes_with_peft(
     assert rates.keys() == OPTIMIZERS.keys()
     engine, trainers, expected = PackedEngine(tiny_base), [], []
     shared: dict[str, Any] = {"train.max_steps": 20, "train.batch_size": 3, "lora.alpha": None}
-    # PEFT's LoRA+ lets no weight decay
-    shared |= {"train.weight_decay": 0.0 if ratio else 0.1, "train.loraplus_ratio": ratio}
+    shared |= {"train.weight_decay": 0.1, "train.loraplus_ratio": ratio}
     for name, lr in rates.items():
         # of rank 64 are matrices of 4,096 values, from which on bitsandbytes takes 8 bits
         changes = {"lora.r": 64, "train.optimizer": name, "train.lr": lr}

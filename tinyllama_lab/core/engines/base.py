@@ -31,6 +31,10 @@ class Adapter(Protocol):
     def fast_parameters(self) -> list[nn.Parameter]:
         """Return those of `parameters` that LoRA+ (arXiv 2402.12354) trains faster."""
 
+    @property
+    def undecayed_parameters(self) -> list[nn.Parameter]:
+        """Return those that weight decay leaves alone, as in transformers: biases and norms."""
+
     def matrices(self) -> dict[str, nn.Parameter]:
         """Return a parameter for each matrix, by name, in the memory of `parameters`."""
 

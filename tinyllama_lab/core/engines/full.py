@@ -34,6 +34,11 @@ class FullModel:
         """Return none: LoRA+ is about A and B."""
         return []
 
+    @property
+    def undecayed_parameters(self) -> list[nn.Parameter]:
+        """Return norms and biases."""
+        return [parameter for parameter in self.parameters if parameter.ndim < 2]
+
     def matrices(self) -> dict[str, nn.Parameter]:
         """Return the weights by name."""
         return dict(self._trainable)

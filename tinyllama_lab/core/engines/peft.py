@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from tinyllama_lab.core.models import lora
 from tinyllama_lab.core.models.base_weights import BaseCopies
 from tinyllama_lab.core.models.eva import InputDirections
 from tinyllama_lab.core.models.loading import Base
-from tinyllama_lab.core.models.parts import decoder_blocks, has_plain_head
+from tinyllama_lab.core.models.parts import changed_embedding, decoder_blocks, has_plain_head
 from tinyllama_lab.core.models.quiet import no_bias_warning
 from tinyllama_lab.metrics import MIB
 
@@ -51,6 +51,11 @@ class PeftAdapter:
     def fast_parameters(self) -> list[nn.Parameter]:
         """Return those that LoRA+ trains faster, as PEFT's optimizer does: B and magnitudes."""
         return [p for name, p in self._trainable.items() if lora.trains_faster(name, p)]
+
+    @property
+    def undecayed_parameters(self) -> list[nn.Parameter]:
+        """Return biases and norms of the base."""
+        return [p for name, p in self._trainable.items() if p.ndim < 2 and "lora_" not in name]
 
     def matrices(self) -> dict[str, nn.Parameter]:
         """Return the parameters themselves."""
@@ -171,12 +176,15 @@ class PeftEngine:
         _train(base.model, torch.is_grad_enabled())
         examples = [item.example for item in items]
         batch = collate(examples, int(base.tokenizer.pad_token_id), base.device)
+        noisy: AbstractContextManager[None] = nullcontext()
         if any(item.noise for item in items):
-            batch.embeddings = _with_noise(base.model, batch, items)
+            add = partial(_add_noise, items=items)
+            noisy = changed_embedding(base.model.get_input_embeddings(), add)
         recomputes = self._recomputes and torch.is_grad_enabled()
         with (
             self._active_adapter(items),
             _recomputed_blocks(base.model) if recomputes else nullcontext(),
+            noisy,
         ):
             smoothing = max(item.smoothing for item in items)  # that of the adapter
             losses = label_losses(base.model, batch, smoothing).double()
@@ -268,13 +276,6 @@ class Batch:
     positions: torch.Tensor  # [labels] where its prediction is made
     targets: torch.Tensor  # [labels]
     tokens: int  # real ones, without padding
-    embeddings: torch.Tensor | None = None  # [batch, seq, size] instead of the ids
-
-    @property
-    def inputs(self) -> dict[str, Any]:
-        """Return what a model reads."""
-        known = {"input_ids": self.ids}
-        return known if self.embeddings is None else {"inputs_embeds": self.embeddings}
 
 
 def collate(examples: Sequence[Example], pad_id: int, device: torch.device) -> Batch:
@@ -295,24 +296,22 @@ def collate(examples: Sequence[Example], pad_id: int, device: torch.device) -> B
     return batch
 
 
-def _with_noise(model: Any, batch: Batch, items: Sequence[WorkItem[Any]]) -> torch.Tensor:
+def _add_noise(embeddings: torch.Tensor, items: Sequence[WorkItem[Any]]) -> torch.Tensor:
     """Return the embeddings of a batch with NEFTune's noise; padding gets none."""
-    embeddings: torch.Tensor = model.get_input_embeddings()(batch.ids)
     lengths = [len(item.example.ids) for item in items]
     drawn = noise(items, embeddings.shape[-1]).to(embeddings).split(lengths)
-    added = nn.utils.rnn.pad_sequence(list(drawn), batch_first=True)
-    return embeddings + added
+    return embeddings + nn.utils.rnn.pad_sequence(list(drawn), batch_first=True)
 
 
 def label_losses(model: PreTrainedModel, batch: Batch, smoothing: float = 0.0) -> torch.Tensor:
     """Return the cross entropy (nats) of every label, `[labels]` in float32."""
     if has_plain_head(model):
         backbone = getattr(model, model.base_model_prefix)
-        hidden = backbone(**batch.inputs, use_cache=False).last_hidden_state
+        hidden = backbone(input_ids=batch.ids, use_cache=False).last_hidden_state
         # the head runs at labels alone: the logits of all positions would be the largest tensor
         logits = model.get_output_embeddings()(hidden[batch.rows, batch.positions])
     else:
-        logits = model(**batch.inputs, use_cache=False).logits[batch.rows, batch.positions]
+        logits = model(input_ids=batch.ids, use_cache=False).logits[batch.rows, batch.positions]
     return functional.cross_entropy(
         logits.float(), batch.targets, reduction="none", label_smoothing=smoothing
     )

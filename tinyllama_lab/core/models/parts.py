@@ -1,9 +1,12 @@
-"""Parts of a decoder: its blocks, and whether its head lets a loss be computed at labels alone."""
+"""Parts of a decoder: embedding, blocks, and whether its head can be computed at labels alone."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -48,3 +51,24 @@ def decoder_blocks(model: nn.Module) -> list[nn.Module]:
     lists = [each for each in model.modules() if isinstance(each, nn.ModuleList)]
     alike = [list(each) for each in lists if len({type(block) for block in each}) == 1]
     return max(alike, key=len, default=[])
+
+
+@contextmanager
+def changed_embedding(
+    embedding: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]
+) -> Iterator[None]:
+    """Let a model read other embeddings `[batch, seq, size]` meanwhile, as NEFTune does.
+
+    Where gradients are wanted, autograd follows them, so that it runs the backward of frozen
+    layers too.
+    """
+
+    def changed(module: nn.Module, inputs: Any, found: torch.Tensor) -> torch.Tensor:
+        found = change(found)
+        return found.requires_grad_() if torch.is_grad_enabled() else found
+
+    hook = embedding.register_forward_hook(changed)
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -106,13 +106,36 @@ class AdapterOptimizer:
             parameters = [(p, id(p) in fast) for p in adapter.parameters]
         else:
             parameters = [(p, trains_faster(name, p)) for name, p in self._matrices.items()]
-        self.torch = kind.make(_groups(parameters, train), train)
+        self._undecayed = {id(parameter) for parameter in adapter.undecayed_parameters}
+        self.torch = kind.make(self._groups(parameters, train), train)
         # allocated here: running out of memory inside an update could not be undone
         if kind.fill is not None:
             kind.fill(self.torch)
         for parameter in adapter.parameters if kind.moments else ():
             zeros = {name: torch.zeros_like(parameter.detach()) for name in kind.moments}
             self._set(parameter, zeros, 0.0)
+
+    def _groups(self, parameters: list[tuple[nn.Parameter, bool]], train: TrainConfig) -> Groups:
+        """Return parameters by weight decay, and by the ratio of their rate to `train.lr`.
+
+        Args:
+            parameters: each with whether LoRA+ trains it faster.
+            train: the settings.
+        """
+        faster = 1.0 if train.loraplus_ratio is None else train.loraplus_ratio
+        groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+        for parameter, is_fast in parameters:
+            decays = id(parameter) not in self._undecayed
+            groups.setdefault((faster if is_fast else 1.0, decays), []).append(parameter)
+        return [
+            {
+                "params": members,
+                "lr": train.lr * ratio,
+                "ratio": ratio,
+                "weight_decay": train.weight_decay if decays else 0.0,
+            }
+            for (ratio, decays), members in groups.items()
+        ]
 
     def _set(self, parameter: nn.Parameter, moments: dict[str, torch.Tensor], step: float) -> None:
         state: dict[str, Any] = dict(moments)
@@ -164,25 +187,6 @@ class AdapterOptimizer:
     @staticmethod
     def _moved(value: Any, matrix: nn.Parameter) -> Any:
         return value.to(matrix.device) if isinstance(value, torch.Tensor) else value
-
-
-def _groups(parameters: list[tuple[nn.Parameter, bool]], train: TrainConfig) -> Groups:
-    """Return parameters by the ratio of their learning rate to `train.lr`.
-
-    Args:
-        parameters: each with whether LoRA+ trains it faster.
-        train: the settings.
-    """
-    if train.loraplus_ratio is None:
-        return [{"params": [p for p, _ in parameters], "lr": train.lr, "ratio": 1.0}]
-    return [
-        {
-            "params": [p for p, fast in parameters if fast == is_fast],
-            "lr": train.lr * ratio,
-            "ratio": ratio,
-        }
-        for is_fast, ratio in ((False, 1.0), (True, train.loraplus_ratio))
-    ]
 
 
 def values_of(

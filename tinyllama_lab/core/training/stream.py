@@ -7,13 +7,14 @@ known from the start is a stream that is already closed.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from typing import Any
 
 from tinyllama_lab.config.variants import VARIANTS
 from tinyllama_lab.core.context import WorkerContext
 from tinyllama_lab.core.engines.base import Engine
+from tinyllama_lab.core.engines.packed.any_decoder import has_own_products
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
 from tinyllama_lab.core.engines.packed.llama import why_not_llama
 from tinyllama_lab.core.engines.peft import PeftEngine
@@ -37,8 +38,6 @@ class TrialStream:
         self._arrivals = arrivals
         self._packed: list[Attempt] = []
         self._unpacked: list[Attempt] = []
-        # while no adapter is attached: PEFT replaces the modules that this looks at
-        self._reason = why_not_packed(context.base, context.hardware.workers or 1)
         self._add(tasks)
 
     @property
@@ -80,11 +79,18 @@ class TrialStream:
         # sharing a matmul changes the last bits of a result, depending on the other trials
         return PackedEngine(base, not deterministic, keep_dequantized)
 
+    @cached_property
+    def _why_not_packed(self) -> str | None:
+        # before the first engine: PEFT replaces the modules that this looks at
+        return why_not_packed(self._context.base, self._context.hardware.workers or 1)
+
     def _add(self, tasks: Sequence[Task]) -> None:
         # a restarted worker reads all tasks again, also those that already have a result
         open_tasks = [task for task in tasks if task.read_result() is None]
         attempts = make_attempts(self._context, open_tasks)
-        packed, unpacked = split_by_engine(self._context.base, attempts, self._reason)
+        packed, unpacked = split_by_engine(
+            self._context.base, attempts, lambda: self._why_not_packed
+        )
         self._packed += packed
         self._unpacked += unpacked
 
@@ -110,12 +116,12 @@ def run_stream(
 
 
 def split_by_engine(
-    base: Base, attempts: Sequence[Attempt], reason: str | None
+    base: Base, attempts: Sequence[Attempt], why_not: Callable[[], str | None]
 ) -> tuple[list[Attempt], list[Attempt]]:
     """Return the attempts that can be packed, and those that need PEFT; others fail here.
 
-    Each result records its engine, and why it was not the fastest one. `reason` is why no adapter
-    of the base can be packed.
+    Each result records its engine, and why it was not the fastest one. `why_not` returns why no
+    adapter of the base can be packed; it is asked only for settings that fit the base.
     """
     slower = why_not_llama(base.model)
     engine = f"packed in transformers ({slower})" if slower else "packed"
@@ -124,7 +130,9 @@ def split_by_engine(
     for attempt in attempts:
         try:
             lora.check(base.model, attempt.science.lora)
-            why = attempt.science.lora.not_packed or reason
+            why = attempt.science.lora.not_packed or why_not()
+            if why is None and slower and _needs_plain_products(base, attempt):
+                why = "DoRA scales products that only their own layers compute"
             _check_weights(base, attempt)
             _check_init(attempt, why)
         except ModelError as error:
@@ -137,6 +145,11 @@ def split_by_engine(
         attempt.result.environment["engine"] = engine if why is None else f"peft ({why})"
         (unpacked if why else packed).append(attempt)
     return packed, unpacked
+
+
+def _needs_plain_products(base: Base, attempt: Attempt) -> bool:
+    reads_weights = VARIANTS[attempt.science.lora.variant].reads_weights
+    return reads_weights and has_own_products(base.model)
 
 
 def _check_init(attempt: Attempt, why_not_packed: str | None) -> None:

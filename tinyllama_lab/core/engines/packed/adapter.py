@@ -17,13 +17,15 @@ from tinyllama_lab.core.models import lora
 from tinyllama_lab.core.models.targets import of_module
 from tinyllama_lab.study.trial import ADAPTER_WEIGHTS
 
+_MOVED, _FIRST = "A - A0 and B0", "A0 and B0"  # the kinds of frozen factors
+
 
 @dataclass
 class Pairs:
     """The matrices of modules with the same input and rank, in the dtype of the matmuls.
 
     The A of all modules form one matrix, so that one matmul with the input serves all of them.
-    Gradients accumulate in float32. Pairs without gradients are frozen.
+    Gradients accumulate in float32. What has none is frozen.
     """
 
     modules: list[str]
@@ -83,8 +85,9 @@ class PackedAdapter:
         self._parts = [nn.Parameter(part) for part in layout.parts(self.flat)]
         for part, gradient in zip(self._parts, layout.parts(storage.gradients), strict=True):
             part.grad = gradient
-        # the first matrices, in the base's dtype, where the adapter is what it learned beyond them
+        # the first matrices in float32, where the adapter is what it learned beyond them
         self._first: torch.Tensor | None = None
+        self._beyond: dict[str, torch.Tensor] = {}  # flat vectors of frozen factors, by kind
         self._norms: dict[str, torch.Tensor] = {}  # of the weights of DoRA's modules, by name
         self.updated()
         self.row: torch.Tensor | None = None  # of the table that the kernels on a GPU read
@@ -101,6 +104,11 @@ class PackedAdapter:
     def fast_parameters(self) -> list[nn.Parameter]:
         """Return those that LoRA+ trains faster: B and magnitudes."""
         return self._parts[1:]
+
+    @property
+    def undecayed_parameters(self) -> list[nn.Parameter]:
+        """Return none: it trains nothing of the base."""
+        return []
 
     def matrices(self) -> dict[str, nn.Parameter]:
         """Return views of every matrix, with views of its gradient."""
@@ -133,14 +141,21 @@ class PackedAdapter:
         self.module_numbers = frozenset(numbers[name] for name in self.layout.offsets)
 
     def keep_first(self, values: dict[str, torch.Tensor]) -> None:
-        """Take the product of these matrices out of the adapter's, as a frozen pair.
+        """Take the product of these matrices, `B0 A0`, out of the adapter's.
 
-        So adapters that PEFT takes out of the base's weights share that base in a pack.
+        So adapters that PEFT takes out of the base's weights share that base in a pack. What is
+        left, `B A - B0 A0`, is computed as `(B - B0) A + B0 (A - A0)`: in half precision, the
+        difference of two products would lose most of what was learned.
         """
-        first = torch.zeros_like(self._storage.compute_weights)
-        self.layout.fill(first, values)
-        self._first = first
+        storage = self._storage
+        self._first = torch.zeros_like(storage.weights)
+        self.layout.fill(self._first, values)
+        if storage.compute_weights is storage.weights:  # it holds B - B0 from now on
+            storage.compute_weights = storage.weights.clone()
+        for kind in (_MOVED, _FIRST):
+            self._beyond[kind] = torch.zeros_like(storage.compute_weights)
         self._pairs.clear()
+        self.updated()
 
     def freeze(self) -> None:
         """Free what only training needs: gradients, and float32 weights that are only updated."""
@@ -203,21 +218,27 @@ class PackedAdapter:
             self._magnitudes(gradients, neighbours),
         )
 
-    def first_pairs(self, modules: Sequence[str]) -> list[Pairs]:
-        """Return the frozen pairs on `modules`; none unless `keep_first` was called."""
+    def first_pairs(self, trained: Pairs) -> list[Pairs]:
+        """Return what completes trained pairs after `keep_first`; else none.
+
+        These are `B0` and `A - A0`, whose A is trained, and the frozen `B0` and `A0`. The latter
+        only count where dropout masks the input: the base has their product without a mask.
+        """
         if self._first is None:
             return []
-        key = f"first {modules[0]}", False
+        key = f"first {trained.modules[0]}", len(trained.modules) == 1
         if key not in self._pairs:
-            self._pairs[key] = [self._frozen(pairs) for pairs in self.pairs(modules)]
+            self._pairs[key] = [self._of_first(trained, kind) for kind in (_MOVED, _FIRST)]
         return self._pairs[key]
 
-    def _frozen(self, trained: Pairs) -> Pairs:
-        assert self._first is not None
-        offsets = [self.layout.offsets[name] for name in trained.modules]
-        b = [self.layout.matrices(self._first, each)[1] for each in offsets]
-        a, scaling = self.layout.joint(self._first, offsets), -trained.scaling
-        return Pairs(trained.modules, a, None, b, [], trained.rank, scaling, [], [])
+    def _of_first(self, trained: Pairs, kind: str) -> Pairs:
+        flat, offsets = self._beyond[kind], [self.layout.offsets[m] for m in trained.modules]
+        a, b = (
+            self.layout.joint(flat, offsets),
+            [self.layout.matrices(flat, o)[1] for o in offsets],
+        )
+        grad_a = trained.grad_a if kind == _MOVED else None
+        return Pairs(trained.modules, a, grad_a, b, [], trained.rank, trained.scaling, [], [])
 
     def _magnitudes(
         self, flat: torch.Tensor, neighbours: Sequence[MatrixOffsets]
@@ -246,10 +267,21 @@ class PackedAdapter:
         self._storage.gradients.zero_()
 
     def updated(self) -> None:
-        """Copy the weights to `compute_weights`, rounded, if that has another dtype."""
+        """Copy the weights to `compute_weights`, rounded, if those are another tensor."""
         self._norms.clear()
-        if self._storage.compute_weights is not self._storage.weights:
-            self._storage.compute_weights.copy_(self._storage.weights)
+        storage, first = self._storage, self._first
+        if first is not None:
+            a0, b0 = self.layout.parts(first)
+            moved_a, moved_b = self.layout.parts(storage.weights - first)
+            a, b = self.layout.parts(storage.compute_weights)
+            a.copy_(self.layout.parts(storage.weights)[0])
+            b.copy_(moved_b)
+            for kind, factor in ((_MOVED, moved_a), (_FIRST, a0)):
+                a, b = self.layout.parts(self._beyond[kind])
+                a.copy_(factor)
+                b.copy_(b0)
+        elif storage.compute_weights is not storage.weights:
+            storage.compute_weights.copy_(storage.weights)
 
     def save(self, folder: Path) -> None:
         """Write the folder that PEFT's own `save_pretrained` would write."""
@@ -268,7 +300,7 @@ class PackedAdapter:
         """Return `[A; A first]` and `[B, -B first]`, whose product is what was learned."""
         assert self._first is not None
         joined = {}
-        for name, first in self.layout.split(self._first.float()).items():
+        for name, first in self.layout.split(self._first).items():
             is_a = ".lora_A." in name
             joined[name] = torch.cat([named[name], first if is_a else -first], 0 if is_a else 1)
         return joined

@@ -35,7 +35,7 @@ from tinyllama_lab.core.engines.packed.segments import ModuleColumns
 from tinyllama_lab.core.engines.packed.weights import FrozenWeight, joint_bias
 from tinyllama_lab.core.engines.sampling import TokenSampling
 from tinyllama_lab.core.models.loading import Base
-from tinyllama_lab.core.models.parts import decoder_blocks, has_plain_head
+from tinyllama_lab.core.models.parts import changed_embedding, decoder_blocks, has_plain_head
 
 ATTENTION = "packed_sequences"  # its name in transformers' registry
 # names of layers that read one input in most architectures; in others nothing is joined
@@ -121,6 +121,7 @@ class AnyDecoder:
         self.module_numbers: dict[str, int] = {}  # of every adaptable module, by name
         self._has_plain_head = has_plain_head(self._model)
         self._wrapped: list[Any] = []
+        _refuse_states(self._model)
         blocks = set(decoder_blocks(self._model))
         for name, module in self._model.named_modules():
             for names in _linear_children(module, but=self._head):
@@ -193,11 +194,10 @@ class AnyDecoder:
             "position_ids": positions[None].to(self.device, non_blocking=True),
             "use_cache": False,
         }
-        with self._running(_Pass([], batch, Sequences.of(batch))):
-            inputs["inputs_embeds"] = batch.with_noise(self._embedding(batch.ids))[None]
-            if torch.is_grad_enabled():
-                # so that autograd runs the backward of the linear layers
-                inputs["inputs_embeds"].requires_grad_()
+        embed = changed_embedding(self._embedding, lambda x: batch.with_noise(x[0])[None])
+        # ids, because some models read more from them than this embedding
+        inputs["input_ids"] = batch.ids[None]
+        with self._running(_Pass([], batch, Sequences.of(batch))), embed:
             if self._has_plain_head:
                 hidden = self._backbone(**inputs).last_hidden_state[0]
                 # labels alone go through the head: no other token has a loss
@@ -223,6 +223,20 @@ class AnyDecoder:
         with self._running(_Pass([item.adapter for item in items])):
             examples = [item.example for item in items]
             return generate(self._base, examples, tokens, stop, sampling, on_token)
+
+
+def _refuse_states(model: Any) -> None:
+    """Refuse a model whose layers carry something from token to token beside attention.
+
+    Raises:
+        UnknownPassError: there is such a layer.
+    """
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    kinds -= {"full_attention", "sliding_attention"}
+    is_convolution = any(isinstance(module, nn.Conv1d) for module in model.modules())
+    if kinds or is_convolution:
+        names = ", ".join(sorted(kinds)) or "convolutions"
+        raise UnknownPassError(f"its layers pass a state from token to token ({names})")
 
 
 def _forward_of(module: nn.Module) -> Callable[..., Any]:
@@ -292,6 +306,12 @@ def _can_be_joint(modules: Sequence[Any]) -> bool:
 
 def _inputs(module: nn.Linear | Conv1D) -> int:
     return module.nx if isinstance(module, Conv1D) else module.in_features
+
+
+def has_own_products(model: nn.Module) -> bool:
+    """Return whether any linear layer is more than a product with its weight and a bias."""
+    linear = (m for m in model.modules() if isinstance(m, nn.Linear | Conv1D))
+    return any(map(_has_own_product, linear))
 
 
 def _has_own_product(module: Any) -> bool:
@@ -378,6 +398,6 @@ class _Added(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, *inner = ctx.saved_tensors
-        grad_x = torch.zeros_like(x)
+        grad, grad_x = grad.contiguous(), torch.zeros_like(x)
         ctx.linear.add_gradients(inner, x, grad, grad_x, ctx.batch)
         return grad, grad_x, None, None

@@ -176,13 +176,23 @@ class PackedLinear:
                     keys = batch.dropout_keys[rows]
                     width, dtype = pairs.a.shape[1], pairs.a.dtype
                     dropout_mask = mask(keys, pairs.modules[0], width, dropout, dtype)
-                columns = [self._columns[name] for name in pairs.modules]
-                ranks = [slice(n * pairs.rank, (n + 1) * pairs.rank) for n in range(len(columns))]
-                yield Part(span.adapter, pairs, rows, columns, ranks, dropout_mask)
-            for pairs in span.adapter.first_pairs(self._modules):
-                columns = [self._columns[name] for name in pairs.modules]
-                ranks = [slice(n * pairs.rank, (n + 1) * pairs.rank) for n in range(len(columns))]
-                yield Part(span.adapter, pairs, rows, columns, ranks, None)
+                yield self._part(span.adapter, pairs, rows, dropout_mask)
+                for number, first in enumerate(span.adapter.first_pairs(pairs)):
+                    if number == 0:
+                        yield self._part(span.adapter, first, rows, dropout_mask)
+                    elif dropout_mask is not None:  # the base has the product on the whole input
+                        yield self._part(span.adapter, first, rows, dropout_mask - 1)
+
+    def _part(
+        self,
+        adapter: PackedAdapter,
+        pairs: Pairs,
+        rows: slice,
+        dropout: torch.Tensor | None,
+    ) -> Part:
+        columns = [self._columns[name] for name in pairs.modules]
+        ranks = [slice(n * pairs.rank, (n + 1) * pairs.rank) for n in range(len(columns))]
+        return Part(adapter, pairs, rows, columns, ranks, dropout)
 
 
 class _Apply(torch.autograd.Function):
@@ -206,6 +216,7 @@ class _Apply(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         source, saved, *inner = ctx.saved_tensors
         linear: PackedLinear = ctx.linear
+        grad = grad.contiguous()  # some models transpose an output
         grad_sums = linear.grad_of_sums(inner, grad, ctx.batch)
         grad_x = grad_sums @ linear.weight.dense()
         # only the gradients of adapters read x: without an adapter on this layer, nothing is
