@@ -170,6 +170,13 @@ def _chat(arguments: Sequence[str]) -> None:
 
 def _serve(arguments: Sequence[str]) -> None:
     options = Options(arguments, _SERVE)
+    if options.text("token"):
+        raise ConfigError(
+            [
+                "every user of this machine can see what is typed, and token= must be a secret; "
+                "set the environment variable TINYLLAMA_LAB_TOKEN instead"
+            ]
+        )
     port = int(options.number("port", 0, int))
     if port > _LAST_PORT:
         raise ConfigError([f"port must be at most {_LAST_PORT}, got {port}"])
@@ -178,13 +185,6 @@ def _serve(arguments: Sequence[str]) -> None:
     selection = options.selection()
     from tinyllama_lab.deploy.serving.serve import TOKEN_VARIABLE, Address, serve
 
-    if options.text("token"):
-        raise ConfigError(
-            [
-                "every user of this machine can see what is typed, and token= must be a secret; "
-                f"set the environment variable {TOKEN_VARIABLE} instead"
-            ]
-        )
     token = os.environ.get(TOKEN_VARIABLE, "")
     serve(selection, Address(options.text("host"), port, token), device, most, say)
 
