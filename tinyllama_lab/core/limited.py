@@ -7,7 +7,6 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 from tinyllama_lab.errors import ModelError
@@ -16,7 +15,7 @@ from tinyllama_lab.metrics import MIB
 _MOST_SECONDS = 5.0
 _LONGEST = 2**26  # characters of a conversation; rows of files are shorter
 _MOST_MIB = 1024  # beyond what the process has
-_SIZE = Path("/proc/self/statm")  # its first number: pages of the process
+_SIZE = "/proc/self/statm"  # its first number: pages of the process
 
 
 @contextmanager
@@ -79,7 +78,8 @@ def render(tokenizer: Any, messages: Any, **options: Any) -> Any:
 
 def _limit_memory(present: tuple[int, int]) -> None:
     with suppress(OSError, ValueError):
-        pages = int(_SIZE.read_text(encoding="ascii").split()[0])
+        with open(_SIZE, "rb", buffering=0) as file:  # for every conversation of a data set
+            pages = int(file.read(100).split()[0])
         most = pages * resource.getpagesize() + _MOST_MIB * MIB
         if present[0] == resource.RLIM_INFINITY or most < present[0]:
             resource.setrlimit(resource.RLIMIT_AS, (most, present[1]))
