@@ -24,6 +24,7 @@ with quiet_interrupt():  # importing these takes half a second, in which Ctrl-C 
 
     from tinyllama_lab.config import CONF_DIR
     from tinyllama_lab.output import accept_any_text
+    from tinyllama_lab.sweep import guard
     from tinyllama_lab.sweep.check import check_command
     from tinyllama_lab.sweep.data_command import show_data
     from tinyllama_lab.sweep.evaluate_command import evaluate
@@ -64,13 +65,14 @@ def run_one(config: DictConfig) -> None:
 def main() -> None:
     """Run the command in `sys.argv`; also the entry point of the console script."""
     accept_any_text()
+    register_resolvers()
+    guard.install()
     with user_errors():
         # first of all: every parser below would misread unquoted paths
         arguments = with_folders(quote_paths(sys.argv[1:]))
         use_folders_of(arguments)
         arguments = _sweep_arguments(arguments)
         check_command(arguments)
-        register_resolvers()
         # `hydra.main` reads the arguments from `sys.argv`
         sys.argv[1:] = _for_hydra(arguments)
         run_one()

@@ -6,6 +6,7 @@ A message states the rule, what was received, and what to type instead.
 from __future__ import annotations
 
 import errno
+import re
 import signal
 import sys
 import threading
@@ -25,6 +26,16 @@ def shown(text: str, limit: int = 80) -> str:
         c if c.isprintable() or c in JOINERS else c.encode("unicode_escape").decode()
         for c in text[:limit]
     )
+
+
+def printable(text: str) -> str:
+    """Return all lines of a text, with control characters escaped: a terminal obeys none."""
+    return "\n".join(shown(line, len(line)) for line in text.split("\n"))
+
+
+def without_password(text: str) -> str:
+    """Return the text with the password of every URL replaced by `***`."""
+    return re.sub(r"(://[^/\s:@]*):[^/\s@]+@", r"\1:***@", text)
 
 
 class LabError(Exception):
@@ -171,7 +182,8 @@ def user_errors() -> Iterator[None]:
         with quiet_interrupt():
             yield
     except LabError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # a name in it may come from a file, with escapes that a terminal obeys
+        print(f"error: {without_password(printable(str(error)))}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except OSError as error:
         if is_disk_full(error):

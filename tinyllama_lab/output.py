@@ -1,13 +1,33 @@
-"""Standard output and error that accept any text in any encoding, and survive a closed pipe."""
+"""Text from files for terminals and Markdown, and output that survives any text or closed pipe."""
 
 from __future__ import annotations
 
 import io
 import os
+import re
 import sys
 from typing import Any, TextIO
 
+from tinyllama_lab.errors import shown
+
 _WIDTH = 110  # characters per line if the output is not a terminal, which has no width of its own
+
+
+# Markdown for code and links, and for emphasis where a letter touches the mark
+_MARKS = re.compile(r"[`\[]|\*(?=\S)|(?<=\S)\*|(?<!\w)_|_(?!\w)")
+
+
+def markdown(text: str) -> str:
+    """Escape the markup of Markdown and HTML in a text."""
+    # `&` and the backslash come before the characters whose escapes contain them
+    for character, escape in (("&", "&amp;"), ("<", "&lt;"), ("\\", "\\\\"), ("|", "\\|")):
+        text = text.replace(character, escape)
+    return _MARKS.sub(r"\\\g<0>", text)
+
+
+def code(text: str) -> str:
+    """Return a text as code within a line of Markdown."""
+    return f"`{shown(text.replace('`', chr(0x2BC)), 300)}`"
 
 
 def line_width() -> int | None:

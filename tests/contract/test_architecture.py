@@ -13,7 +13,9 @@ from tests.contract.structure import Package
 ROOT = Path(__file__).parents[2]
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "datasets"}
 DRIVER_ONLY = {"hydra", "omegaconf", "optuna", "mlflow", "tinyllama_lab.sweep"}
-UNSAFE_CALLS = {"eval", "exec", "torch.load", "yaml.load", "os.system"}
+UNSAFE_CALLS = {"eval", "exec", "torch.load", "yaml.load", "os.system", "os.popen"}
+UNSAFE_CALLS |= {"instantiate", "hydra.utils.instantiate", "yaml.unsafe_load", "joblib.load"}
+UNSAFE_CALLS |= {"marshal.loads", "torch.hub.load", "np.load", "cpp_extension.load"}
 
 
 HALVES = {"core", "sweep", "report", "deploy"}

@@ -67,9 +67,8 @@ def snapshot(
         TINY,
         HEAD | SHARDS | INDEX,
         HEAD | SHARDS,
-        HEAD | {"pytorch_model.bin": "weights"},
-        # an index without its shards does not matter where the older format is whole
-        HEAD | INDEX | {"pytorch_model.bin": "weights"},
+        # the pickle is not read
+        TINY | {"pytorch_model.bin": "weights"},
     ],
 )
 def test_a_whole_model_is_found(cache: Path, files: dict[str, str]) -> None:
@@ -97,6 +96,7 @@ FIRST = dict(list(SHARDS.items())[:1])
         HEAD | FIRST,
         HEAD | SHARDS | {"model.safetensors.index.json": "{not json"},
         HEAD | {"adapter_model.safetensors": "no base"},
+        HEAD | {"pytorch_model.bin": "a pickle"},
     ],
 )
 def test_a_model_with_something_missing_is_not_found(cache: Path, files: dict[str, str]) -> None:

@@ -246,7 +246,13 @@ def test_ui_becomes_mlflow_on_the_database_of_this_folder(
     from tinyllama_lab.sweep.ui_command import show_ui
 
     started: list[list[str]] = []
-    monkeypatch.setattr(os, "execve", lambda program, words, environment: started.append(words))
+    stores: list[str] = []
+
+    def execve(program: str, words: list[str], environment: dict[str, str]) -> None:
+        started.append(words)
+        stores.append(environment["MLFLOW_BACKEND_STORE_URI"])
+
+    monkeypatch.setattr(os, "execve", execve)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(StudyError, match="there is none; run a sweep here first"):
         show_ui([])
@@ -256,7 +262,8 @@ def test_ui_becomes_mlflow_on_the_database_of_this_folder(
         port = str(free.getsockname()[1])
     show_ui(["--port", port])
     store = f"sqlite:///{tmp_path}/mlruns/mlflow.db"
-    assert started[0][1:] == "-m mlflow ui --backend-store-uri".split() + [store, "--port", port]
+    # an address may hold a password, which every user could read in the list of processes
+    assert started[0][1:] == ["-m", "mlflow", "ui", "--port", port] and stores == [store]
 
 
 @pytest.mark.parametrize("typed", ["--port {port}", "--port={port}", "-p {port} --host 127.0.0.1"])
@@ -273,6 +280,9 @@ def test_ui_refuses_a_port_in_use(
         words = typed.format(port=other.getsockname()[1]).split()
         with pytest.raises(StudyError, match="is in use; open what runs there, or take"):
             show_ui(words)
-    for wrong in ("--port none", "--host 192.0.2.1", "--host ..", "--port"):
+    for wrong in ("--port none", "--host ..", "--port"):
         show_ui(wrong.split())  # MLflow's own error follows
-    assert len(started) == 4
+    for open_host in ("192.0.2.1", "0.0.0.0"):
+        with pytest.raises(StudyError, match="MLflow has no login"):
+            show_ui(["--host", open_host])
+    assert len(started) == 3

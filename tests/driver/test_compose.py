@@ -191,7 +191,6 @@ def test_a_word_that_is_no_option_gets_the_nearest_one() -> None:
     [
         "lora.r=8",
         "lora.r=8,16",
-        "+lora.r=8",
         "++lora.r=8",
         "seed=0,1,2",
         "lora.r=range(1,3)",
@@ -206,20 +205,30 @@ def test_a_word_that_is_no_option_gets_the_nearest_one() -> None:
         "train.lr=1e-4,2e-4",
         "train.epochs=3",
         "experiment=quickstart",
-        "experiment=null",
         "data.system='You are, in short, a guide.'",
         'data.system="a \\"quoted\\" word"',
         "data.system='क,ख'",
         "data.n=${seed}",
         "data.path=/a/b-c_d.jsonl",
-        "hydra.sweeper.params.seed='0,1'",
-        "hydra.sweeper.max_batch_size=4",
         "hydra/launcher=inline",
         "study=A.b_c-9",
     ],
 )
 def test_what_hydra_can_say_is_let_through(typed: str) -> None:
     assert problems(typed) == []
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("+lora.r=8", "An item is already at 'lora.r'"),
+        ("experiment=null", "must be a string or a list"),
+        ("hydra.sweeper.params.seed='0,1'", "cannot be composed"),
+        ("hydra.sweeper.max_batch_size=4", "is not a setting"),
+    ],
+)
+def test_what_hydra_cannot_compose_is_refused_before_it_tries(typed: str, said: str) -> None:
+    assert said in " ".join(problems(typed))
 
 
 def test_options_of_hydra_itself_are_let_through() -> None:

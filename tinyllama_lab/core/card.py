@@ -20,7 +20,9 @@ from tinyllama_lab.config.axes import flatten_shown, spelled
 from tinyllama_lab.config.command import setting, sweep_command, unquoted
 from tinyllama_lab.config.schema import ModelConfig, Science, part
 from tinyllama_lab.config.variants import VARIANTS
+from tinyllama_lab.errors import shown
 from tinyllama_lab.metrics import HELDOUT_LOSS, METRICS, MINIMIZE, PERPLEXITY
+from tinyllama_lab.output import code, markdown
 from tinyllama_lab.study.trial import EVAL, MODEL_CONFIG, Result, TrialFolder
 
 LIBRARY = "tinyllama_lab"
@@ -179,7 +181,7 @@ def _what(facts: Facts) -> str:
     config = json.loads(facts.trial.adapter_config_file.read_text(encoding="utf-8"))
     targets = config["target_modules"]
     names = [targets] if isinstance(targets, str) else sorted(targets)
-    modules = ", ".join(f"`{name}`" for name in names)
+    modules = ", ".join(map(code, names))
     whole = [f"`{name}`" for name in lora.modules_to_save]
     whole += [{"none": "", "all": "all biases"}.get(lora.bias, "their biases")]
     more = ", ".join(filter(None, whole))
@@ -192,7 +194,7 @@ def _what(facts: Facts) -> str:
 
 def _base_link(facts: Facts) -> str:
     repo = facts.base.repo
-    return f"[{repo}]({_HUB}/{repo})" if repo else f"the base `{facts.science.model.name}`"
+    return f"[{repo}]({_HUB}/{repo})" if repo else f"the base {code(facts.science.model.name)}"
 
 
 def _snippet(facts: Facts, adapter: str) -> str:
@@ -268,12 +270,12 @@ def _data(facts: Facts) -> str:
     identity = f"`{data.identity}`"
     if data.repo:
         source = f"[{data.repo}]({_HUB}/datasets/{data.repo}) of the hub, commit {identity}"
-        source += f", configuration `{data.config}`" if data.config else ""
-        source += f", split `{data.split}`" if data.split else ""
+        source += f", configuration {code(data.config)}" if data.config else ""
+        source += f", split {code(data.split)}" if data.split else ""
     elif data.kind.package_file:
-        source = f"the data set `{data.name}` of {LIBRARY}, digest {identity}"
+        source = f"the data set {code(data.name)} of {LIBRARY}, digest {identity}"
     else:
-        source = f"local files (`{data.name}`), digest {identity}"
+        source = f"local files ({code(data.name)}), digest {identity}"
     dropped = counts.get("dropped") or {}
     reasons = ", ".join(f"{reason} {count}" for reason, count in dropped.items())
     seen = counts.get("train_rows_seen", counts.get("train_rows"))
@@ -318,7 +320,7 @@ def _training(facts: Facts) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    return markdown(shown(text, len(text)))
 
 
 def reproducing(overrides: Sequence[str], seed: int) -> str:

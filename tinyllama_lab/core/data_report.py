@@ -23,7 +23,7 @@ from tinyllama_lab.core.dataset.dataset import DataCache, Examined, Example, cha
 from tinyllama_lab.core.dataset.example import token_text
 from tinyllama_lab.core.models.loading import read_tokenizer
 from tinyllama_lab.data.rows import RawRow
-from tinyllama_lab.errors import DataError, LabError, shown, user_errors
+from tinyllama_lab.errors import DataError, LabError, printable, shown, user_errors
 from tinyllama_lab.output import accept_any_text, line_width
 
 ROWS_SHOWN = 3
@@ -54,9 +54,13 @@ def report(configs: Sequence[Mapping[str, Any]], console: Console) -> list[LabEr
         except DataError as error:
             refused.append(error)  # printed here, and again after several sets
             if console.is_terminal or len(configs) > 1:
-                console.print(Text(f"error: {error}\n", style="bold red"), soft_wrap=True)
+                console.print(
+                    Text(f"error: {printable(str(error))}\n", style="bold red"), soft_wrap=True
+                )
         for name, text in _summary(examined, model):
-            console.print(Text(f"{name:<16}", style="bold") + Text(text), soft_wrap=True)
+            console.print(
+                Text(f"{name:<16}", style="bold") + Text(printable(text)), soft_wrap=True
+            )
         for line in _rows(examined, caches[key], console.is_terminal):
             console.print(line, soft_wrap=True)
     return refused
@@ -144,7 +148,7 @@ def _marked(parts: Sequence[tuple[str, bool]], in_color: bool, between: str = ""
     text = Text()
     for number, (piece, is_supervised) in enumerate(parts):
         text.append(between if number else "")
-        piece = "\n".join(shown(line, len(line)) for line in piece.split("\n"))
+        piece = printable(piece)
         if is_supervised and not in_color:
             piece = f"{_BEGIN}{between}{piece}{between}{_END}"
         text.append(piece, style=_SUPERVISED if is_supervised else "dim")
@@ -193,7 +197,7 @@ def main() -> None:
         refused = report(configs, console)
         is_in_view = sys.stdout.isatty() and len(configs) == 1
         for error in [] if is_in_view else refused:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {printable(str(error))}", file=sys.stderr)
         if refused:
             raise SystemExit(LabError.exit_code)
 

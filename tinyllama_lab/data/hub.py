@@ -290,7 +290,7 @@ def _repo_folder(repo: str, revision: str | None, kind: Kind) -> Path:
 
 
 def _wanted(names: list[str], kind: Kind) -> list[str]:
-    """Return the files to download: one format of weights, and no subfolders of a model."""
+    """Return the files to download: safetensors alone, and no subfolders of a model."""
     if kind == "dataset":
         # the header of the README declares the splits; Arrow files come from save_to_disk, and
         # load_dataset refuses them
@@ -298,9 +298,8 @@ def _wanted(names: list[str], kind: Kind) -> list[str]:
         return [*data, *({"README.md"} & set(names))]
     # subfolders of a model hold other formats: ONNX, or the checkpoint before conversion
     top = [name for name in names if "/" not in name]
-    weights = [n for n in top if n.endswith(".safetensors")] or [
-        n for n in top if n.startswith("pytorch_model") and n.endswith(".bin")
-    ]
+    # other formats of weights are pickles, which may run any code when they are read
+    weights = [n for n in top if n.endswith(".safetensors")]
     texts = [n for n in top if n.endswith((".json", ".model", ".txt", ".jinja"))]
     return [*weights, *texts, *({"README.md"} & set(top))]  # the last one names the licence
 

@@ -177,32 +177,35 @@ def _may_be_causal(name: str, is_encoder_decoder: bool) -> bool:
 def _weights(folder: Path) -> tuple[list[Path], list[str]]:
     """Return the weight files that transformers would load, and what is missing of them.
 
-    Safetensors come first, as in transformers.
+    Only safetensors count: the older format is a pickle, which may run any code when it is read.
     """
-    gaps: list[str] = []
-    for single, pattern in (
-        ("model.safetensors", "*.safetensors"),
-        ("pytorch_model.bin", "pytorch_model*.bin"),
-    ):
-        if (folder / single).is_file():
-            return [folder / single], []
-        index = folder / f"{single}.index.json"
-        if index.is_file():
-            content = _json(index)
-            shards = content.get("weight_map", {}) if isinstance(content, dict) else {}
-            names = {str(name) for name in shards.values()} if isinstance(shards, dict) else set()
-            missing = sorted(n for n in names if not (folder / n).is_file()) or (
-                [] if names else [f"weight_map in {index.name}"]
-            )
-            files = [folder / name for name in sorted(names)]
-        else:
-            files = [f for f in sorted(folder.glob(pattern)) if f.is_file()]
-            files = [f for f in files if not f.name.startswith("adapter_")]
-            missing = _gaps(files)
-        if files and not missing:
-            return files, []
-        gaps = gaps or missing  # report the format that transformers would have preferred
-    return [], gaps or ["weights (*.safetensors or pytorch_model*.bin)"]
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return [single], []
+    index = folder / f"{single.name}.index.json"
+    if index.is_file():
+        content = _json(index)
+        shards = content.get("weight_map", {}) if isinstance(content, dict) else {}
+        names = {str(name) for name in shards.values()} if isinstance(shards, dict) else set()
+        # a name with a folder in it could lead anywhere
+        missing = sorted(n for n in names if "/" in n or not (folder / n).is_file()) or (
+            [] if names else [f"weight_map in {index.name}"]
+        )
+        files = [folder / name for name in sorted(names)]
+    else:
+        files = [f for f in sorted(folder.glob("*.safetensors")) if f.is_file()]
+        files = [f for f in files if not f.name.startswith("adapter_")]
+        missing = _gaps(files)
+    if files and not missing:
+        return files, []
+    return [], missing or [f"weights (*.safetensors){_pickled(folder)}"]
+
+
+def _pickled(folder: Path) -> str:
+    """Return the end of a message that names weights which are pickles; empty without any."""
+    name = next((path.name for path in sorted(folder.glob("pytorch_model*.bin"))), "")
+    reason = "a pickle, which may run any code when it is read: convert it to safetensors"
+    return f" but {name}, {reason}" if name else ""
 
 
 def _gaps(files: list[Path]) -> list[str]:

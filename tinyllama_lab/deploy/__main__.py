@@ -45,7 +45,7 @@ python -m tinyllama_lab.deploy chat [study=ranks] [trial=best]
 
 chat:      --once "question", system="...", tokens=256 (the most of an answer), temperature=0,
            seed=0, device=auto (or cpu, cuda)
-serve:     port=8000 (0: a free one), host=127.0.0.1, token="..." (or TINYLLAMA_LAB_TOKEN in the
+serve:     port=8000 (0: a free one), host=127.0.0.1 (another one needs TINYLLAMA_LAB_TOKEN in the
            environment), queue=64 (the most requests in progress), tokens=512, device=auto
 merge:     to=<folder>, into=dequantized (for a quantized base; or original), force=false
 gguf:      types=f16,q8_0,q4_0 (also q4_k_m, and lora: the adapter alone, beside one file of the
@@ -170,6 +170,13 @@ def _chat(arguments: Sequence[str]) -> None:
 
 def _serve(arguments: Sequence[str]) -> None:
     options = Options(arguments, _SERVE)
+    if options.text("token"):
+        raise ConfigError(
+            [
+                "every user of this machine can see what is typed, and token= must be a secret; "
+                "set the environment variable TINYLLAMA_LAB_TOKEN instead"
+            ]
+        )
     port = int(options.number("port", 0, int))
     if port > _LAST_PORT:
         raise ConfigError([f"port must be at most {_LAST_PORT}, got {port}"])
@@ -178,7 +185,7 @@ def _serve(arguments: Sequence[str]) -> None:
     selection = options.selection()
     from tinyllama_lab.deploy.serving.serve import TOKEN_VARIABLE, Address, serve
 
-    token = options.text("token") or os.environ.get(TOKEN_VARIABLE, "")
+    token = os.environ.get(TOKEN_VARIABLE, "")
     serve(selection, Address(options.text("host"), port, token), device, most, say)
 
 

@@ -10,6 +10,7 @@ from tinyllama_lab.core.dataset.chat_template import Message
 from tinyllama_lab.core.dataset.prompts import PromptFormat
 from tinyllama_lab.core.engines.sampling import TokenSampling
 from tinyllama_lab.core.models.loading import load_base, model_folder, position_count
+from tinyllama_lab.core.models.saved import check_saved
 from tinyllama_lab.data.formats.cells import UnusableRow
 from tinyllama_lab.deploy.completer import Completion, Request, TextStream, completer
 from tinyllama_lab.deploy.selection import Selection
@@ -54,6 +55,7 @@ class Assistant:
             )
         trial = selection.trial.row.trial
         # first: an adapter without a format must not stay in memory
+        check_saved(trial.adapter_dir, science.lora.is_full)
         trained_format = prompt_format(trial, self.base.tokenizer)
         self.completer.load(selection.label, trial)
         self._formats[selection.label] = trained_format

@@ -11,7 +11,7 @@ from tinyllama_lab.core.engines.sampling import TokenSampling
 from tinyllama_lab.core.meter import PeakMemory
 from tinyllama_lab.deploy.assistant import Assistant
 from tinyllama_lab.deploy.selection import Selection, same_study
-from tinyllama_lab.errors import LabError
+from tinyllama_lab.errors import LabError, printable
 
 _COMMANDS = """\
 /adapter r=16 n=3000   answer with another adapter of the study: settings, a name or a key
@@ -78,9 +78,9 @@ class Chat:
         for token in assistant.tokens(completion):
             first = first or time.perf_counter()
             pieces.append(text.push(token))
-            print(pieces[-1], end="", flush=True)
+            print(printable(pieces[-1]), end="", flush=True)
         pieces.append(text.end())
-        print(pieces[-1], flush=True)
+        print(printable(pieces[-1]), flush=True)
         first_s = (first or time.perf_counter()) - started
         self._print_speed(label, len(completion.ids), first_s, started)
         most = self._style.tokens
@@ -107,7 +107,7 @@ class Chat:
                 elif line:
                     self.answer(line)
             except LabError as error:
-                print(f"error: {error}", file=sys.stderr)
+                print(f"error: {printable(str(error))}", file=sys.stderr)
             except KeyboardInterrupt:  # ends the answer, not the chat
                 print("\n(stopped)", file=sys.stderr)
 

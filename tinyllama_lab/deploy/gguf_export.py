@@ -25,6 +25,7 @@ from safetensors import safe_open
 from transformers import AutoConfig
 
 from tinyllama_lab.core.models.gguf_llama import IN_LAYER, OUTER
+from tinyllama_lab.core.models.loading import TRUSTED_FILES
 from tinyllama_lab.deploy.gguf_tokenizer import add_tokenizer
 from tinyllama_lab.errors import ModelError
 
@@ -67,7 +68,7 @@ def write_gguf(model: Path, file: Path, kind: str) -> None:
     Raises:
         ModelError: llama.cpp cannot run this model, or its tokenizer.
     """
-    config: Any = AutoConfig.from_pretrained(model, local_files_only=True)
+    config: Any = AutoConfig.from_pretrained(model, **TRUSTED_FILES)
     check_architecture(config)
     writer = GGUFWriter(file, "llama")
     _add_settings(writer, config, FILE_TYPES[kind])

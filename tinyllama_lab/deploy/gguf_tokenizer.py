@@ -9,6 +9,7 @@ from typing import Any
 from gguf import GGUFWriter, TokenType
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
+from tinyllama_lab.core.models.loading import TRUSTED_FILES
 from tinyllama_lab.errors import ModelError
 
 # Names in llama.cpp of the ways to split a text before byte-pair merges, by what tokenizer.json
@@ -30,7 +31,7 @@ def add_tokenizer(writer: GGUFWriter, model: Path) -> None:
     Raises:
         ModelError: llama.cpp cannot read a text as this tokenizer does.
     """
-    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(model, **TRUSTED_FILES)
     content = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
     if content["model"]["type"] != "BPE":
         raise ModelError(
@@ -38,7 +39,7 @@ def add_tokenizer(writer: GGUFWriter, model: Path) -> None:
             f"{content['model']['type']}; use merge instead"
         )
     merges = [m if isinstance(m, str) else " ".join(m) for m in content["model"]["merges"]]
-    size = AutoConfig.from_pretrained(model, local_files_only=True).vocab_size
+    size = AutoConfig.from_pretrained(model, **TRUSTED_FILES).vocab_size
     tokens, types = _tokens(content, size)
     writer.add_token_list(tokens)
     writer.add_token_types(types)

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from tinyllama_lab.config.axes import words
 from tinyllama_lab.report.analysis.trial_rows import TrialRow
 from tinyllama_lab.report.table import MISSING
+from tinyllama_lab.report.text import one_line
 from tinyllama_lab.study.exports import BASE, TRAINED, ExportRow, Exports
 
 _INTENT = "eval/intent_accuracy"
@@ -80,10 +82,10 @@ def print_exports(rows: Sequence[ExportRow], console: Console) -> None:
         is_word = head in ("form", "dtype")
         table.add_column(head, justify="left" if is_word else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*export_line(row))
+        table.add_row(*(Text(one_line(cell)) for cell in export_line(row)))
     console.print(table)
     for text in export_sentences(rows):
-        console.print(text, highlight=False, markup=False)
+        console.print(one_line(text, 1000), highlight=False, markup=False)
 
 
 def _change(row: ExportRow) -> str:

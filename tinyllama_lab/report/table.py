@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -18,13 +17,12 @@ from rich.text import Text
 
 from tinyllama_lab.config.axes import short_name, show, spelled
 from tinyllama_lab.metrics import HELDOUT_LOSS, METRICS, Column, Metric
+from tinyllama_lab.output import markdown
 from tinyllama_lab.report.analysis.trial_rows import StudyRows, TrialRow, ranked_by
 from tinyllama_lab.report.text import LONGEST_CELL, counted, csv_cell, one_line
 from tinyllama_lab.study.files import write_atomic
 from tinyllama_lab.study.study import StudyFolder
 
-# Markdown for code and links, and for emphasis where a letter touches the mark
-_MARKS = re.compile(r"[`\[]|\*(?=\S)|(?<=\S)\*|(?<!\w)_|_(?!\w)")
 MISSING = "-"
 CONFIRMED = "Confirmation trials: fresh seeds, scored on rows that no choice has seen"
 RESCORED = "The same trials on the confirmation rows: no confirmation, their seeds are not fresh"
@@ -170,17 +168,9 @@ def _lines(rows: Sequence[TrialRow]) -> str:
     """Return the table in Markdown."""
     shown = columns(rows)
     texts = [[head for head, _ in shown], *([cell(row) for _, cell in shown] for row in rows)]
-    lines = ["| " + " | ".join(map(_markdown, line)) + " |" for line in texts]
+    lines = ["| " + " | ".join(map(markdown, line)) + " |" for line in texts]
     lines.insert(1, "|---" * len(shown) + "|")
     return "\n".join(lines)
-
-
-def _markdown(text: str) -> str:
-    """Escape the markup of Markdown and HTML in a cell."""
-    # `&` and the backslash come before the characters whose escapes contain them
-    for character, shown in (("&", "&amp;"), ("<", "&lt;"), ("\\", "\\\\"), ("|", "\\|")):
-        text = text.replace(character, shown)
-    return _MARKS.sub(r"\\\g<0>", text)
 
 
 def _record(row: TrialRow) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+from tinyllama_lab.study.files import no_link
 from tinyllama_lab.study.trial import canonical_json
 
 Event = dict[str, Any]
@@ -35,7 +36,7 @@ class EventLog:
         """Append one event; `time` (seconds since 1970) and `crc` are added here."""
         record: Event = {"kind": kind, "time": time.time(), **fields}
         record["crc"] = _checksum(record)
-        with self._path.open("ab") as file:
+        with open(self._path, "ab", opener=no_link) as file:
             # JSON escapes line ends, so a record is always one line
             file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
 
@@ -83,7 +84,7 @@ def drop_cut_line(path: Path) -> None:
     """Remove the incomplete last line that a crash left in a file of lines."""
     if not path.exists():
         return
-    with path.open("rb+") as file:
+    with open(path, "rb+", opener=no_link) as file:
         content = file.read()
         whole = content.rfind(b"\n") + 1
         if whole != len(content):

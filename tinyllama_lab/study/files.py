@@ -43,6 +43,14 @@ def write_atomic(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def no_link(path: str, flags: int) -> int:
+    """Open a file for `open(..., opener=no_link)`, but fail where the path is a link.
+
+    A file that is written in place could otherwise be any file of the user that a link names.
+    """
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Create or replace a folder so that a crash leaves a complete folder or none.
@@ -98,6 +106,8 @@ def publish(temporary: Path, path: Path) -> None:
     content = temporary.rglob("*") if temporary.is_dir() else ()
     for written in (*content, temporary):
         _sync(written)
+    if temporary.is_dir() and path.is_symlink():
+        path.unlink()  # the link itself: what it leads to is not ours
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)  # a rename cannot replace a folder with files
     temporary.replace(path)

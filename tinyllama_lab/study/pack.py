@@ -16,7 +16,7 @@ from typing import Any
 
 from tinyllama_lab.study.evaluations import read_requested, result_folder
 from tinyllama_lab.study.events import EventLog, EventReader
-from tinyllama_lab.study.files import write_atomic
+from tinyllama_lab.study.files import no_link, write_atomic
 from tinyllama_lab.study.trial import EVAL, Result, ResultFolder, TrialFolder
 
 # Environment variable of a worker: the process that started it. On Linux the kernel signals a
@@ -205,7 +205,8 @@ class Pack:
         The kernel frees the lock when the process ends, however it ends. A file with a process
         number alone would stay after a crash.
         """
-        with self.lock_file.open("a+") as file:  # not "w": that would empty another worker's file
+        # not "w": that would empty another worker's file
+        with open(self.lock_file, "a+", opener=no_link) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             file.truncate(0)
             file.write(f"{os.getpid()} {socket.gethostname()}")

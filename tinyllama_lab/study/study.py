@@ -7,6 +7,7 @@ import os
 import re
 import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -132,6 +133,13 @@ class StudyFolder:
         for folder in (*folders, self.packs_dir, self.report_dir):
             if os.path.lexists(folder) and (problem := write_problem(folder)):
                 yield f"{folder} must be a folder that can be written to, but {problem}"
+        inside = [self.trials_dir, self.packs_dir, self.report_dir]
+        with suppress(OSError):  # there are none yet
+            inside += self.trials_dir.iterdir()
+        # sweeps_dir and the study itself may be links that the user made
+        for folder in inside:
+            if folder.is_symlink():
+                yield f"{folder} must be a folder of the study, but it is a link to elsewhere"
         written = (self.lock_file, self.driver_file, self.owner_file, self.tracked_file)
         shown = (self.table_file, self.metrics_file, self.report_file)
         for file in (*written, *shown, self.optuna_file, self.search_file, self.tuned_file):

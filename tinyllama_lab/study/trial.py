@@ -16,7 +16,7 @@ import yaml
 from tinyllama_lab.errors import StudyError
 from tinyllama_lab.study.files import write_atomic
 
-# both variants are safe; those of libyaml are ten times faster
+# both are safe; libyaml is ten times faster, but ends the process where a long file nests deeply
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 SCIENCE = ("model", "data", "lora", "quant", "train", "eval", "seed")
@@ -68,10 +68,9 @@ def digest(value: Any) -> str:
 def trial_key(config: Mapping[str, Any]) -> str:
     """Return the key: equal if and only if two trials train the same adapter.
 
-    Paths, revisions and labels do not count. A model or data set counts by its content or
-    commit, which the driver wrote into `model.identity` and `data.identity`. The settings of
-    the evaluation do not count either (see `evaluation_key`), except for a base, whose only
-    result is its evaluation.
+    Paths, revisions and labels do not count. A model or data set counts by its content or commit,
+    which the driver wrote into `model.identity` and `data.identity`. The settings of the
+    evaluation count for a base alone, whose only result it is (see `evaluation_key`).
     """
     science = _unlabelled(config)
     if config["lora"] is not None:
@@ -262,7 +261,7 @@ class Evaluation(ResultFolder):
         """Return the `eval` group of this evaluation; None if it cannot be read."""
         try:
             loaded = _load_yaml(self.config_file)[EVAL]
-        except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError):
+        except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError, RecursionError):
             return None
         return _with_neutral({EVAL: loaded})[EVAL] if isinstance(loaded, dict) else None
 
@@ -362,7 +361,7 @@ class TrialFolder(ResultFolder):
         """
         try:
             loaded = _load_yaml(self.config_file)
-        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError):
             loaded = None
         groups = loaded if isinstance(loaded, dict) else {}
         present = [name for name in SCIENCE[:-1] if isinstance(groups.get(name), dict)]
@@ -389,7 +388,8 @@ class TrialFolder(ResultFolder):
 
 
 def _load_yaml(path: Path) -> Any:
-    return _Loader(path.read_text(encoding="utf-8")).get_single_data()
+    loader = _Loader if path.stat().st_size < 2**14 else yaml.SafeLoader
+    return loader(path.read_text(encoding="utf-8")).get_single_data()
 
 
 def _with_neutral(groups: dict[str, Any]) -> dict[str, Any]:

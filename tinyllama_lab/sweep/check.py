@@ -16,26 +16,27 @@ from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import OmegaConf
 
-from tinyllama_lab.config import CONF_DIR
 from tinyllama_lab.config import schema as config
-from tinyllama_lab.config.validate import known_keys, nearest, not_a_choice, way_to_list
+from tinyllama_lab.config.validate import known_keys, not_a_choice, way_to_list
 from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.study.files import utf8_problem
-from tinyllama_lab.sweep.launchers import LAUNCHERS
+from tinyllama_lab.sweep.guard import (
+    PLUGINS,
+    compose_checked,
+    problems_of_hydra,
+    problems_of_value,
+)
 from tinyllama_lab.sweep.plan import check_cells
-from tinyllama_lab.sweep.search.settings import NAMES, NODE, PRUNERS
+from tinyllama_lab.sweep.search.settings import NODE, PRUNERS
 from tinyllama_lab.sweep.settings.compose import (
     Cell,
     Composer,
     groups,
-    register_resolvers,
     use_folders_of,
     with_search_path,
 )
@@ -50,7 +51,6 @@ from tinyllama_lab.sweep.settings.unreadable import (
 )
 from tinyllama_lab.sweep.settings.writable import output_problems
 
-PLUGINS = {"hydra/launcher": LAUNCHERS, "hydra/sweeper": ("basic", "optuna")}
 _KEYS = known_keys(config.Config)
 MAX_TRIALS = 10_000  # of one command; more is a typing error, such as range(1,1e9)
 
@@ -92,6 +92,27 @@ def check_command(arguments: Sequence[str]) -> None:
     if problems:
         wrong = [text for parts in words for text in parts if text not in valid]
         raise ConfigError(problems + _problems_of_the_rest(valid, wrong))
+    # before Hydra makes the objects that it names
+    if problems := _problems_of_composing(valid):
+        raise ConfigError(problems)
+
+
+def _problems_of_composing(overrides: list[str]) -> list[str]:
+    """Return why a command cannot be composed, with the first value of each list."""
+    single = [first for text in overrides for first in _first_value(text)]
+    others = [value for text in overrides if "${" in text for value in _each_value(text)]
+    try:
+        for other in ["", *others]:
+            composed([*single, other] if other else single)
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
+def _each_value(text: str) -> list[str]:
+    """Return the override once for every value of its list; empty if it has no list."""
+    override = _parse(text)
+    return [f"{override.get_key_element()}={value}" for value in _swept(override)]
 
 
 def _problems_of_the_rest(overrides: list[str], wrong: list[str]) -> list[str]:
@@ -114,8 +135,6 @@ def _problems_of_the_rest(overrides: list[str], wrong: list[str]) -> list[str]:
         check_cells([replace(cell, choices={} if unsure & {"experiment", "profile"} else sure)])
     except ConfigError as error:
         problems += error.problems
-    except (HydraException, OmegaConfBaseException) as error:
-        problems.append(" ".join(str(error).split()))
     return [text for text in problems if not _names(text, undecided)]
 
 
@@ -140,14 +159,6 @@ def _first_value(text: str) -> list[str]:
     # the values of a sweep may be a range, which is not expanded for this
     first = next(iter(_swept(override)), None)
     return [] if first is None else [f"{override.get_key_element()}={first}"]
-
-
-def _compose(overrides: list[str]) -> DictConfig:
-    # `conf/config.yaml` needs the resolver, and this runs before `main` registers it
-    register_resolvers()
-    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        texts = with_search_path(overrides)
-        return compose("config", overrides=texts, return_hydra_config=True)
 
 
 def single_values(typed: Sequence[str]) -> dict[str, list[str]]:
@@ -182,7 +193,7 @@ def typed_values(text: str) -> tuple[str, list[Any]]:
 
 def composed(overrides: Sequence[str]) -> Cell:
     """Return the configuration that a command without `-m` would run."""
-    return Composer(_compose)(overrides)
+    return Composer(compose_checked)(overrides)
 
 
 def grid_cells(typed: Sequence[str]) -> list[Cell]:
@@ -196,7 +207,7 @@ def grid_cells(typed: Sequence[str]) -> list[Cell]:
         raise ConfigError(
             ["a search proposes its trials while it runs; type lists such as lora.r=8,16"]
         )
-    compose_cell = Composer(_compose)
+    compose_cell = Composer(compose_checked)
     return [compose_cell(overrides) for overrides in product(*values.values())]
 
 
@@ -214,7 +225,7 @@ def _sweeper(typed: Sequence[str]) -> dict[str, Any]:
 
 @lru_cache
 def _sweeper_of(chosen: tuple[str, ...]) -> dict[str, Any]:
-    node: Any = OmegaConf.to_container(_compose(list(chosen)).hydra.sweeper)
+    node: Any = OmegaConf.to_container(compose_checked(list(chosen)).hydra.sweeper)
     return dict(node)
 
 
@@ -281,11 +292,13 @@ def _problems(text: str, is_multirun: bool, is_search: bool) -> Iterator[str]:
         yield unreadable(text, is_multirun)
         return
     key = override.key_or_group
+    value = text.partition("=")[2] if override.is_sweep_override() else override.value()
+    yield from problems_of_value(key, value)
     if not key:
         yield f"{text!r} is not of the form key=value (no key)"
         return
     if key.partition(".")[0].partition("/")[0] == "hydra":
-        yield from _problems_of_hydra(key, override, is_search)
+        yield from problems_of_hydra(key, override, is_search)
         return
     options = groups()
     if override.is_add() and key in options:
@@ -322,19 +335,6 @@ def _problem_of_sweep(text: str, override: Override, is_multirun: bool) -> str |
     if _count(override) > MAX_TRIALS:
         return f"{key} must be swept over at most {MAX_TRIALS} values, got {text!r}"
     return None
-
-
-def _problems_of_hydra(key: str, override: Override, is_search: bool) -> Iterator[str]:
-    """Yield the problems of Hydra's own settings: the launcher and the sweeper."""
-    if key in PLUGINS and override.value() not in PLUGINS[key]:
-        yield not_a_choice(key, override.value(), PLUGINS[key])
-    name = key.removeprefix(f"{NODE}.")
-    # `params` also holds the grid of Hydra's basic sweeper
-    if not is_search and name != key and name in NAMES and name != "params":
-        yield f"{key} belongs to a search; add hydra/sweeper=optuna"
-        return
-    if is_search and key.startswith(f"{NODE}.") and key.split(".")[2] not in NAMES:
-        yield f"{key} is not a setting{nearest(key, [f'{NODE}.{name}' for name in NAMES])}"
 
 
 def _problems_of_values(text: str, override: Override, is_multirun: bool) -> Iterator[str]:

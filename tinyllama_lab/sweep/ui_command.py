@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import errno
+import ipaddress
 import os
 import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tinyllama_lab.errors import StudyError
+from tinyllama_lab.errors import StudyError, shown
 from tinyllama_lab.sweep.tracking.record import sqlite_uri
 
 HELP = """\
@@ -19,7 +20,7 @@ python -m tinyllama_lab ui [options of mlflow ui]
 Opens the runs of this folder in MLflow, on http://127.0.0.1:5000. The address of the runs is
 MLFLOW_TRACKING_URI, else mlruns/mlflow.db. Example: python -m tinyllama_lab ui --port 5001"""
 _DATABASE = Path("mlruns", "mlflow.db")  # where a sweep records its runs by default
-_STORE = "--backend-store-uri"
+_STORE, _VARIABLE = "--backend-store-uri", "MLFLOW_BACKEND_STORE_URI"
 
 
 def show_ui(arguments: Sequence[str]) -> int:
@@ -32,10 +33,11 @@ def show_ui(arguments: Sequence[str]) -> int:
         print(HELP)
         return 0
     command = [sys.executable, "-m", "mlflow", "ui"]
-    if not any(word.partition("=")[0] == _STORE for word in arguments):
-        command += [_STORE, _address()]
-    _check_port(arguments)
     environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
+    if not any(word.partition("=")[0] == _STORE for word in arguments):
+        # not as an argument: every user of this machine could read a password in it
+        environment[_VARIABLE] = _address()
+    _check_address(arguments)
     sys.stdout.flush()  # `execve` would drop what Python has buffered
     os.execve(sys.executable, [*command, *arguments], environment)
 
@@ -51,8 +53,11 @@ def _address() -> str:
     return sqlite_uri(_DATABASE.absolute())
 
 
-def _check_port(arguments: Sequence[str]) -> None:
-    """Refuse a port in use: MLflow only logs it among other lines, and ends with status 0."""
+def _check_address(arguments: Sequence[str]) -> None:
+    """Refuse an address of other machines, and a port in use.
+
+    MLflow has no login. It only logs a port in use among other lines, and ends with status 0.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--host", default=os.environ.get("MLFLOW_HOST", "127.0.0.1"))
     parser.add_argument("--port", "-p", default=os.environ.get("MLFLOW_PORT", "5000"))
@@ -61,6 +66,11 @@ def _check_port(arguments: Sequence[str]) -> None:
         family, kind, _, _, address = socket.getaddrinfo(
             options.host, options.port, type=socket.SOCK_STREAM
         )[0]
+        if not ipaddress.ip_address(address[0]).is_loopback:
+            raise StudyError(
+                f"MLflow has no login, and --host {shown(options.host)} can be reached by other "
+                "machines; leave it out, and reach this machine through ssh -L 5000:localhost:5000"
+            )
         with socket.socket(family, kind) as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)

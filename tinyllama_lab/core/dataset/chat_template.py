@@ -18,6 +18,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from tinyllama_lab.core.limited import render
 from tinyllama_lab.data.formats.cells import UnusableRow
 from tinyllama_lab.errors import DataError
 
@@ -174,9 +175,7 @@ class ChatTemplate:
         if self._day is not None and "date_string" in source:
             options["date_string"] = self._day.strftime("%d %b %Y")
         try:
-            return self.tokenizer.apply_chat_template(
-                messages, tools=tools, chat_template=source, **options
-            )
+            return render(self.tokenizer, messages, tools=tools, chat_template=source, **options)
         except _REFUSALS as error:
             message = " ".join(str(error).split())[:200] or type(error).__name__
             raise UnusableRow("template_refused", f"the chat template says: {message}") from error

@@ -97,7 +97,9 @@ def load_whole(model: PreTrainedModel, folder: Path) -> None:
         KeyError: a weight is missing.
     """
     with no_progress_bar():
-        saved = type(model).from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        saved = type(model).from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
+        )
     values = dict(saved.named_parameters())
     for name, parameter in model.named_parameters():
         parameter.copy_(values[name])

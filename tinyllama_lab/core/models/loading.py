@@ -105,6 +105,7 @@ def load_weights(
         ModelError: the folder lacks some of the weights, or the model does not read text alone.
     """
     options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, **TRUSTED_FILES}
+    options["use_safetensors"] = True  # other files of weights are pickles
     if quant.kind != "none":
         options["quantization_config"] = quantization_config(quant, dtype)
         options["device_map"] = {"": str(device)}

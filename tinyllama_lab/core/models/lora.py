@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,8 +20,10 @@ from transformers import PreTrainedModel
 
 from tinyllama_lab.config.lora import LoraConfig
 from tinyllama_lab.config.variants import INITIALISATIONS, VARIANTS
+from tinyllama_lab.core.limited import limited
 from tinyllama_lab.core.models import base_weights
 from tinyllama_lab.core.models.quiet import no_peft_deprecation
+from tinyllama_lab.core.models.saved import check_adapter_folder
 from tinyllama_lab.core.models.targets import (
     check_matches,
     chosen_layers,
@@ -28,7 +32,7 @@ from tinyllama_lab.core.models.targets import (
     sides,
     target_modules,
 )
-from tinyllama_lab.errors import ModelError
+from tinyllama_lab.errors import ModelError, shown
 from tinyllama_lab.study.trial import ADAPTER_WEIGHTS
 
 _NOTED_SHARE = 0.01  # of the weights; if as many have no adapter, a note says so
@@ -219,9 +223,28 @@ def doubled(config: peft.LoraConfig) -> peft.LoraConfig:
 
 
 def attach_saved(model: PreTrainedModel, folder: Path) -> peft.PeftModel:
-    """Attach the adapter of a folder to the base, for inference."""
-    with no_peft_deprecation():
+    """Attach the adapter of a folder to the base, for inference.
+
+    Raises:
+        ModelError: the folder holds no adapter of this base, or anything that could run code.
+    """
+    check_adapter_folder(folder)
+    with no_peft_deprecation(), _matching(folder):
         return peft.PeftModel.from_pretrained(model, str(folder)).eval()
+
+
+@contextmanager
+def _matching(folder: Path) -> Iterator[None]:
+    """Limit the time of a regular expression in the folder, and name weights that do not fit."""
+    remedy = "train the adapter again, with module names in lora.targets"
+    try:
+        with limited(f"the expression for modules in {folder}", remedy, seconds=60.0):
+            yield
+    except (RuntimeError, ValueError, re.error) as error:
+        reason = shown(" ".join(str(error).split()), 200)
+        raise ModelError(
+            f"{folder} must hold an adapter of this base, got {reason}; train it again"
+        ) from error
 
 
 def count_parameters(model: PreTrainedModel, lora: LoraConfig) -> int:

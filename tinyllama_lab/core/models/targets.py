@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from tinyllama_lab.config.lora import LoraConfig
 from tinyllama_lab.config.targets import expression_of, group_names, layer_numbers, missing_names
 from tinyllama_lab.config.variants import INITIALISATIONS
+from tinyllama_lab.core.limited import limited
 from tinyllama_lab.core.models import base_weights
 from tinyllama_lab.errors import ModelError
 
@@ -80,7 +81,8 @@ def check_matches(
     Raises:
         ModelError: with what does not match, and what does.
     """
-    matched = [n for n, _ in model.named_modules() if check_target_module_exists(config, n)]
+    with limited("the expression in lora.targets", "set lora.targets=all_linear"):
+        matched = [n for n, _ in model.named_modules() if check_target_module_exists(config, n)]
     if others := [name for name in matched if name not in linear]:
         raise ModelError(
             "lora.targets must match linear layers that lie before the head, got "

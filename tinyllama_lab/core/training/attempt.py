@@ -380,4 +380,5 @@ def plot_loss_curve(
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
+    trial.loss_curve_file.unlink(missing_ok=True)  # it may be a link to another file
     figure.savefig(trial.loss_curve_file, dpi=120)

@@ -84,9 +84,9 @@ def write_plots(
             ("learning_curves.png", learning_curves(curves, key)),
         ):
             path = folder / name
-            if figure is None:
-                path.unlink(missing_ok=True)  # of an earlier report, which had more to show
-            else:
+            # of an earlier report, which may have had more to show; or a link to another file
+            path.unlink(missing_ok=True)
+            if figure is not None:
                 figure.savefig(path, dpi=DPI)
                 written.append(name)
     return written

@@ -17,13 +17,13 @@ from urllib.parse import urlsplit
 from tinyllama_lab.config.schema import ALL, Config, DataConfig, ModelConfig, TrackingConfig
 from tinyllama_lab.data import hub, hub_requests
 from tinyllama_lab.data.snapshots import Kind
-from tinyllama_lab.errors import LabError
+from tinyllama_lab.errors import LabError, without_password
 from tinyllama_lab.study.files import free_mib, publish, write_problem
 from tinyllama_lab.sweep.doctor.deadline import PATIENT, Deadline, in_time
 from tinyllama_lab.sweep.doctor.finding import Finding, ok, problem, warning
 from tinyllama_lab.sweep.run import NEEDED_FREE_MIB
 from tinyllama_lab.sweep.settings.identify import data_identity, model_identity
-from tinyllama_lab.sweep.tracking.record import sqlite_file, tracking_uri, without_password
+from tinyllama_lab.sweep.tracking.record import sqlite_file, tracking_uri
 
 _LITTLE_MIB = 2048  # of free disk space
 _CONNECT_S = 3.0  # for all addresses of a name together

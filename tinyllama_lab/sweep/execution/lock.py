@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from tinyllama_lab.errors import StudyError
-from tinyllama_lab.study.files import write_atomic
+from tinyllama_lab.study.files import no_link, write_atomic
 from tinyllama_lab.study.study import StudyFolder
 
 KILLED_WITHIN_S = 2.0  # time for SIGKILL to take effect on a busy machine
@@ -28,7 +28,7 @@ def locked(study: StudyFolder) -> Iterator[None]:
     """
     study.folder.mkdir(parents=True, exist_ok=True)
     # never deleted: two drivers could then hold locks on two files of this name
-    with study.lock_file.open("a") as file:
+    with open(study.lock_file, "a", opener=no_link) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tinyllama_lab.study.events import Event, EventReader, read_events
+from tinyllama_lab.study.files import no_link
 from tinyllama_lab.study.pack import Pack, Task
 from tinyllama_lab.study.trial import Result, State, TrialFolder
 from tinyllama_lab.sweep.execution.slots import Slot
@@ -76,7 +77,7 @@ class Running:
         """
         trial, tail = planned.trial, self.log_tail()
         trial.folder.mkdir(parents=True, exist_ok=True)
-        with trial.log_file.open("a", encoding="utf-8") as log:
+        with open(trial.log_file, "a", encoding="utf-8", opener=no_link) as log:
             log.write(f"the end of the worker's log:\n{tail}\n")
         # the worker counts attempts in its result, but it did not write one
         attempts = sum(e.get("state") == "running" for e in read_events(trial.events_file))

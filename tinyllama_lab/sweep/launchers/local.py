@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
+from tinyllama_lab.study.files import no_link
 from tinyllama_lab.study.pack import DRIVER_PID, Pack
 from tinyllama_lab.sweep.launchers import Workers
 from tinyllama_lab.sweep.settings.profile import has_cuda
@@ -37,7 +38,7 @@ class LocalWorker:
             self._process = ahead.process
             return
         # a file, not a pipe: the worker must not block or die when the driver is gone
-        with pack.log_file.open("ab") as log:
+        with open(pack.log_file, "ab", opener=no_link) as log:
             self._process = _start([str(pack.folder)], subprocess.DEVNULL, log)
 
     def exit_code(self) -> int | None:
@@ -123,7 +124,7 @@ class _Ahead:
         with contextlib.suppress(OSError), self._output as output:
             output.seek(0)
             if text := output.read():
-                with pack.log_file.open("ab") as log:
+                with open(pack.log_file, "ab", opener=no_link) as log:
                     log.write(text)
 
     def end(self) -> None:

@@ -15,7 +15,7 @@ from tinyllama_lab.config import schema as config
 from tinyllama_lab.config.axes import comparability_notes, flatten, heldout_keys, text_keys
 from tinyllama_lab.config.resolve import resolved
 from tinyllama_lab.config.schema import Config
-from tinyllama_lab.errors import ConfigError
+from tinyllama_lab.errors import ConfigError, without_password
 from tinyllama_lab.metrics import BITS_PER_BYTE, HELDOUT_LOSS, METRICS
 from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.study.trial import EVAL, NEUTRAL, SCIENCE
@@ -46,7 +46,6 @@ from tinyllama_lab.sweep.settings.identify import Identifier
 from tinyllama_lab.sweep.settings.profile import announcement, has_cuda
 from tinyllama_lab.sweep.settings.typed_paths import PATHS
 from tinyllama_lab.sweep.settings.unused import drop_unused
-from tinyllama_lab.sweep.tracking.record import without_password
 
 if TYPE_CHECKING:
     from tinyllama_lab.sweep.search.ask_tell import AskTell

@@ -18,7 +18,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
-from tinyllama_lab.errors import StudyError, shown
+from tinyllama_lab.errors import StudyError, shown, without_password
 from tinyllama_lab.metrics import MAXIMIZE, MINIMIZE
 from tinyllama_lab.report.analysis.importance import LEAST_TRIALS
 from tinyllama_lab.study.events import drop_cut_line
@@ -27,7 +27,6 @@ from tinyllama_lab.sweep.search.candidates import Proposal
 from tinyllama_lab.sweep.search.goals import Goals
 from tinyllama_lab.sweep.search.settings import NODE, SearchConfig
 from tinyllama_lab.sweep.search.space import Axis, Choice, Space, Value
-from tinyllama_lab.sweep.tracking.record import without_password
 
 _KEY, _BEGUN_WITH, _AGAIN, _OWNER = "key", "begun_with", "again", "owner"
 _WITHDRAWN = "withdrawn"

@@ -8,22 +8,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from tinyllama_lab.config import CONF_DIR
 from tinyllama_lab.config import schema as config
 from tinyllama_lab.config.axes import flatten, spelled
 from tinyllama_lab.config.command import quoted
 from tinyllama_lab.config.validate import known_keys
+from tinyllama_lab.errors import ConfigError, shown
 from tinyllama_lab.sweep.settings.profile import auto_option
 
 SEARCH_PATH = "hydra.searchpath"  # the setting that adds the user's folders to CONF_DIR
@@ -97,19 +97,25 @@ def _option_folders() -> list[Path]:
     """Return `CONF_DIR`, followed by the user's folders."""
     folders = [CONF_DIR]
     for address in _FOLDERS.addresses:
-        scheme, _, path = address.rpartition("://")
-        if scheme == "pkg":
-            # Hydra warns about a missing package itself
-            with suppress(ModuleNotFoundError):
-                folders.append(Path(str(resources.files(path.replace("/", ".")))))
-        else:
-            folders.append(Path(path))
+        folders.append(Path(address.removeprefix("file://")))
     return folders
+
+
+def unresolved(error: OmegaConfBaseException) -> ConfigError:
+    """Return the error for a setting that refers to something that does not exist."""
+    # OmegaConf adds lines about its own objects
+    reason = str(error.msg or error).partition("\n")[0]
+    return ConfigError(
+        [
+            f"{error.full_key or 'a setting'} must be a value or refer to another setting, got an "
+            f"interpolation that fails ({shown(reason, 200)}); type the value itself"
+        ]
+    )
 
 
 def groups() -> dict[str, list[str]]:
     """Return the configuration groups, each with its options."""
-    # the group `hydra` holds Hydra's own settings, which `check.PLUGINS` lists
+    # the group `hydra` holds Hydra's own settings, which `guard.PLUGINS` lists
     names = [d.name for d in sorted(CONF_DIR.iterdir()) if d.is_dir() and d.name != "hydra"]
     return {name: sorted(_options(name)) for name in names}
 
@@ -144,7 +150,17 @@ class Composer:
         self._options: dict[tuple[str, ...], dict[str, str]] = {}
 
     def __call__(self, overrides: Sequence[str]) -> Cell:
-        """Compose one cell, as plain dictionaries without the node `hydra`."""
+        """Compose one cell, as plain dictionaries without the node `hydra`.
+
+        Raises:
+            ConfigError: an interpolation cannot be resolved.
+        """
+        try:
+            return self._cell(overrides)
+        except OmegaConfBaseException as error:
+            raise unresolved(error) from None
+
+    def _cell(self, overrides: Sequence[str]) -> Cell:
         values = [text for text in overrides if self._is_plain_value(text)]
         choices = tuple(text for text in overrides if text not in values)
         if choices not in self._composed:

@@ -14,13 +14,21 @@ from hydra._internal.utils import get_args_parser
 
 from tinyllama_lab.config.command import quoted, sweep_command
 from tinyllama_lab.config.validate import nearest
-from tinyllama_lab.errors import ConfigError
+from tinyllama_lab.errors import ConfigError, shown
 from tinyllama_lab.sweep.settings.compose import SEARCH_PATH, folders_in
 from tinyllama_lab.sweep.settings.unreadable import not_a_setting
 
 MULTIRUN = ("-m", "--multirun")
 DRY_RUN = "--dry-run"  # plans the command and starts nothing; Hydra never sees it
 _FOLDER_FLAGS = ("--config-dir", "-cd")
+# Hydra's options that would read a pickle, or settings that nothing has checked
+_REFUSED = {
+    "experimental_rerun": "type the settings of the command again",
+    "config_path": "put your files into a folder, and type --config-dir=<folder>",
+    "config_name": "type experiment=<name> for a file of settings",
+    "config_dir": "type it in full: --config-dir=<folder>",  # another spelling of it
+    "hydra_help": "type --help",
+}
 
 
 def settings_only(command: str, arguments: Sequence[str], usage: str) -> list[str]:
@@ -53,7 +61,13 @@ def read_flags(arguments: Sequence[str]) -> argparse.Namespace:
         first = arguments[0]
         is_word = "=" not in first and not first.startswith(("-", "~"))
         raise ConfigError([not_a_setting(first) if is_word else _unread(unread, arguments)])
+    if problems := [_refusal(name) for name in _REFUSED if getattr(parsed, name)]:
+        raise ConfigError(problems)
     return parsed
+
+
+def _refusal(name: str) -> str:
+    return f"--{name.replace('_', '-')} is not an option here; {_REFUSED[name]}"
 
 
 def _wrong_value(error: argparse.ArgumentError) -> str:
@@ -104,17 +118,15 @@ def with_folders(arguments: Sequence[str]) -> list[str]:
             folders += folders_in(word)
         else:
             kept.append(word)
-    paths = [folder for folder in folders if "://" not in folder]
     rule = "--config-dir must name a folder with files such as data/mine.yaml"
-    missing = [path for path in paths if not Path(path).expanduser().is_dir()]
-    if problems := [f"{rule}, got {path!r}" for path in missing]:
+    files = [folder.removeprefix("file://") for folder in folders]
+    # of a package, Hydra would run the code
+    wrong = [p for p in files if "://" in p or not Path(p).expanduser().is_dir()]
+    if problems := [f"{rule}, got {shown(path)!r}" for path in wrong]:
         raise ConfigError(problems)
     if not folders:
         return kept
-    addresses = [
-        folder if "://" in folder else f"file://{Path(folder).expanduser().absolute()}"
-        for folder in folders
-    ]
+    addresses = [f"file://{Path(path).expanduser().absolute()}" for path in files]
     # behind the options: Hydra accepts no option after a setting
     first = next((n for n, word in enumerate(kept) if _is_setting(word)), len(kept))
     kept.insert(first, f"{SEARCH_PATH}=[{','.join(map(quoted, addresses))}]")

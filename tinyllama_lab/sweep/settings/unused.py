@@ -16,8 +16,8 @@ from tinyllama_lab.config.command import typed
 from tinyllama_lab.config.lora import OF_BASE
 from tinyllama_lab.config.sources import FILE_OPTIONS, SOURCES
 from tinyllama_lab.config.variants import FULL
+from tinyllama_lab.errors import without_password
 from tinyllama_lab.sweep.settings.compose import Cell, groups, option_values
-from tinyllama_lab.sweep.tracking.record import without_password
 
 Flat = Mapping[str, Any]
 _WHERE = ("repo", "config", "revision", "split", "eval_split", "path", "eval_path")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
+from tinyllama_lab.errors import without_password
 from tinyllama_lab.study.events import EventReader
 from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.study.trial import Result, TrialFolder
@@ -24,7 +25,6 @@ from tinyllama_lab.sweep.tracking.record import (
     points_of,
     result_digest,
     spell,
-    without_password,
 )
 
 _SAVE_EVERY_S = 3.0  # between two writes of `tracked.json`

@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 from tinyllama_lab.config.command import sweep_command
 from tinyllama_lab.config.schema import TrackingConfig
-from tinyllama_lab.errors import StudyError
+from tinyllama_lab.errors import StudyError, without_password
 from tinyllama_lab.study.evaluations import read_shown
 from tinyllama_lab.study.events import Event, read_events
 from tinyllama_lab.study.exports import ExportRow, Exports
@@ -184,11 +184,6 @@ def result_digest(trial: TrialFolder, result: Result) -> str:
 def _exports(trial: TrialFolder) -> list[ExportRow]:
     """Return the measured exports of a trial; the report names a damaged record."""
     return Exports(trial.deploy_dir).read_measured()[0]
-
-
-def without_password(text: str) -> str:
-    """Return the text with the password of every URL replaced by `***`."""
-    return re.sub(r"(://[^/\s:@]*):[^/\s@]+@", r"\1:***@", text)
 
 
 def read_generations(trial: TrialFolder) -> list[GenerationRow]:

@@ -9,6 +9,7 @@ from urllib.parse import urlencode
 
 from tinyllama_lab.config.command import sweep_command
 from tinyllama_lab.metrics import HELDOUT_LOSS, METRICS, PERPLEXITY
+from tinyllama_lab.output import markdown
 from tinyllama_lab.study.trial import Result
 
 DESCRIPTION = "mlflow.note.content"
@@ -53,7 +54,7 @@ def trial_description(result: Result) -> str:
 def _sentences(result: Result) -> Iterator[str]:
     metrics, data, model = result.metrics, result.data, result.model
     if result.error:
-        yield f"{result.state}: {result.error.get('message')}"
+        yield f"{result.state}: {markdown(str(result.error.get('message')))}"
     if HELDOUT_LOSS in metrics:
         base = f"; the base has {metrics['base/loss']:.4f}" if "base/loss" in metrics else ""
         yield f"Held-out loss {_loss(metrics[HELDOUT_LOSS])}{base}."
