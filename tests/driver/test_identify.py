@@ -15,7 +15,6 @@ import pytest
 from tests import grid
 from tinyllama_lab.config import schema as config
 from tinyllama_lab.config.schema import Config, DataConfig, ModelConfig, part
-from tinyllama_lab.config.targets import LLAMA_MODULES
 from tinyllama_lab.data import hub
 from tinyllama_lab.errors import ConfigError, DataError, ModelError
 from tinyllama_lab.sweep.plan import check_cells
@@ -27,8 +26,6 @@ from tinyllama_lab.sweep.settings.identify import (
     identified,
     length_problems,
     model_identity,
-    module_names,
-    targets_problem,
 )
 
 HIDDEN = 64
@@ -208,75 +205,6 @@ def test_a_system_turn_that_no_chat_lacks_makes_no_second_key(tmp_path: Path) ->
     assert identified(data(rows(tmp_path / "c.jsonl"), system="Hi"))[0].system == "Hi"
 
 
-# ---- targets -------------------------------------------------------------------------------
-
-
-def small(**changes: Any) -> Config:
-    loaded = config.load(grid.plain(*grid.SMALL))
-    lora = dataclasses.replace(loaded.lora, **{k: v for k, v in changes.items() if k == "targets"})
-    return dataclasses.replace(loaded, lora=lora, model=changes.get("model", loaded.model))
-
-
-@pytest.mark.parametrize(
-    "targets", ["attention_qv", "attention", "mlp", "all_linear", ["up_proj"]]
-)
-def test_every_word_and_module_of_a_llama_is_a_target(targets: Any) -> None:
-    assert targets_problem(small(targets=targets)) is None
-
-
-def test_a_module_that_is_not_there_is_named_with_those_that_are() -> None:
-    problem = targets_problem(small(targets=["q_proj", "W_pack", "lm_head"]))
-    assert (
-        problem
-        and "got W_pack, lm_head;" in problem
-        and ", ".join(sorted(LLAMA_MODULES)) in problem
-    )
-
-
-def leaves(of: ModelConfig) -> list[str]:
-    return [name.rpartition(".")[2] for name in module_names(of) or []]
-
-
-def test_the_modules_of_a_local_model_are_read_from_its_weights(tmp_path: Path) -> None:
-    local = model(path=str(model_folder(tmp_path / "m", ("c_attn", "c_proj"))))
-    assert leaves(local) == ["c_attn", "c_proj"]
-    for known in (["c_attn"], "attention_qv"):
-        assert targets_problem(small(model=local, targets=known)) is None
-    for strange, name in (("mlp", "mlp"), (["q_proj"], "q_proj")):
-        problem = targets_problem(small(model=local, targets=strange))
-        assert problem and f"got {name}; m has c_attn, c_proj; set" in problem
-
-
-@pytest.mark.parametrize("content", [b"", b"\x08", struct.pack("<Q", 2) + b"[]", b"\xff" * 40])
-def test_damaged_weights_are_an_error_with_their_name(tmp_path: Path, content: bytes) -> None:
-    folder = model_folder(tmp_path / "m")
-    (folder / "model.safetensors").write_bytes(content)
-    with pytest.raises(ModelError, match="model.safetensors must be a safetensors file"):
-        module_names(model(path=str(folder)))
-
-
-def test_layers_that_take_no_adapter_are_not_among_them(tmp_path: Path) -> None:
-    folder = model_folder(tmp_path / "m", ("c_attn", "wte", "wpe", "word_embeddings", "lm_head"))
-    assert leaves(model(path=str(folder))) == ["c_attn"]
-
-
-def test_the_modules_of_a_model_in_the_cache_of_the_hub_are_read_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
-    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
-    snapshots = tmp_path / "hub" / "models--o--m" / "snapshots"
-    snapshots.mkdir(parents=True)
-    model_folder(snapshots / ("a" * 40), ("c_attn", "c_proj"))
-    assert leaves(model("hub", repo="o/m")) == ["c_attn", "c_proj"]
-    problem = targets_problem(small(model=model("hub", repo="o/m"), targets="mlp"))
-    assert problem and "o/m has c_attn, c_proj; set lora.targets=all_linear or" in problem
-
-
-def test_only_the_worker_knows_the_modules_of_another_model() -> None:
-    assert module_names(model("hub", repo="owner/name")) is None
-
-
 # ---- a grid --------------------------------------------------------------------------------
 
 
@@ -402,7 +330,8 @@ def test_more_new_tokens_than_positions_are_refused_before_anything_runs(tmp_pat
 
     def found(new_tokens: int, **changes: Any) -> list[str]:
         (folder / "config.json").write_text(json.dumps({**record, **changes}))
-        loaded = small(model=model(path=str(folder)))
+        small = config.load(grid.plain(*grid.SMALL))
+        loaded = dataclasses.replace(small, model=model(path=str(folder)))
         scored = dataclasses.replace(loaded.eval, max_new_tokens=new_tokens)
         return length_problems(dataclasses.replace(loaded, eval=scored))
 

@@ -134,7 +134,10 @@ def test_patience_ends_a_training(lab: Lab, keep: str) -> None:
         assert weights(ending) == weights(short)
         assert result(ending).state is State.DONE
         assert result(ending).data["train_rows_seen"] == 1
-        text = f"training ends after step {last}: the held-out loss was lower after step {best}"
+        text = (
+            f"training ended after step {last} of 12 (train.patience): the held-out loss was "
+            f"lower after step {best}"
+        )
         notes = [event["text"] for event in events(ending, "note")]
         assert (text in notes) == (last < 12)
     assert min(ends) < 12

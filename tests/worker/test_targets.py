@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -10,8 +12,10 @@ import torch
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFTS
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel
 
+from tests import grid
 from tests.decoders import DECODERS, decoder
 from tests.llamas import base_of, examples, gradients, items_of, llama, make_b_random, settings
+from tinyllama_lab.config import schema as config
 from tinyllama_lab.config.lora import LoraConfig
 from tinyllama_lab.config.targets import group_names
 from tinyllama_lab.core.engines.base import WorkItem
@@ -19,6 +23,7 @@ from tinyllama_lab.core.engines.packed.engine import PackedEngine
 from tinyllama_lab.core.models import lora, targets
 from tinyllama_lab.core.training.pack_check import why_not_packed
 from tinyllama_lab.errors import ModelError
+from tinyllama_lab.sweep.settings.fits import adapter_problems
 
 LLAMA = {
     "attention_qv": {"q_proj", "v_proj"},
@@ -206,3 +211,39 @@ def test_a_model_is_as_before_when_peft_refuses_a_module_halfway() -> None:
     names = str(caught.value).rpartition("; set lora.targets=[")[2].rstrip("]").split(",")
     adapted = lora.attach(model, settings(targets=names), 0)
     assert lora.trainable(adapted)
+
+
+TRIED: list[dict[str, Any]] = [
+    {"layers": "last_2"},
+    {"layers": [3]},
+    {"layers": "first_9"},
+    {"rank_pattern": {"down": 8}},
+    {"rank_pattern": {"c_fc": 8}},
+    {"rank_pattern": {"o_proj": 8}, "targets": "mlp"},
+    {"bias": "all"},
+    {"bias": "lora_only", "targets": "attention"},
+    {"modules_to_save": ["lm_head"]},
+    {"modules_to_save": ["embed"]},
+    {"modules_to_save": ["wte"]},
+    {"init": "pissa", "r": 16},
+    {"init": "pissa", "r": 64},
+    {"init": "pissa", "r": 24, "targets": "mlp"},
+]
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_the_driver_refuses_from_the_file_what_the_model_itself_refuses(
+    name: str, tmp_path: Path
+) -> None:
+    model = decoder(name)
+    model.save_pretrained(tmp_path)
+    loaded = config.load(grid.plain(*grid.SMALL, "model=local", f"model.path={tmp_path}"))
+    for changes in TRIED:
+        tried = settings(**changes)
+        problems = adapter_problems(replace(loaded, lora=tried))
+        try:
+            lora.check(model, tried)
+        except ModelError as error:
+            assert problems, f"{changes}: {error}"
+        else:
+            assert problems == [], changes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -24,9 +25,11 @@ from tinyllama_lab.report.analysis.text_scores import FEW
 from tinyllama_lab.report.analysis.training_end import training_end
 from tinyllama_lab.report.analysis.tuned import RATE
 from tinyllama_lab.report.text import counted
+from tinyllama_lab.study.events import read_notes
 from tinyllama_lab.study.trial import State
 
 _LEAST_GAIN = 0.0001  # nats a token; a smaller one, or a loss, is not told as a number
+_MOST_NOTES = 8  # of workers
 LOST_SHARE = 0.1  # of the rows; if more are left out or cut, a note says so
 
 
@@ -78,7 +81,22 @@ def method_notes(
             f"verdicts are corrected for {len(effects)} comparisons "
             f"({METHODS[settings.correction]}), the 95 % intervals are not"
         )
-    return [*notes, *_shared_costs(comparison), *_few_generations(comparison)]
+    notes += [*_shared_costs(comparison), *_few_generations(comparison)]
+    return [*notes, *_of_workers(comparison)]
+
+
+def _of_workers(comparison: Comparison) -> Iterator[str]:
+    """Yield what the workers noted while they trained, with the number of trials that it is on."""
+    found = Counter(
+        text
+        for trial in comparison.trials
+        for text in dict.fromkeys(read_notes(trial.row.trial.events_file))
+    )
+    trials = len(comparison.trials)
+    for text, count in found.most_common(_MOST_NOTES):
+        yield f"{text} ({'all' if count == trials else count} of {counted(trials, 'trial')})"
+    if len(found) > _MOST_NOTES:
+        yield f"events.jsonl of the trials holds {len(found) - _MOST_NOTES} more notes of workers"
 
 
 def _other_tokens(comparison: Comparison) -> Iterator[str]:

@@ -80,6 +80,16 @@ def read_events(path: Path) -> list[Event]:
     return EventReader(path).poll()
 
 
+def read_notes(path: Path) -> list[str]:
+    """Return what a worker has told the user about a trial, oldest first."""
+    try:
+        if b'"note"' not in path.read_bytes():  # to parse all lines takes much longer
+            return []
+    except OSError:
+        return []
+    return [str(event.get("text")) for event in read_events(path) if event["kind"] == "note"]
+
+
 def drop_cut_line(path: Path) -> None:
     """Remove the incomplete last line that a crash left in a file of lines."""
     if not path.exists():

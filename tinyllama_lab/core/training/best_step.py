@@ -65,8 +65,12 @@ class BestStep:
             examples=[round(each.loss / each.tokens, 6) for each in losses],
         )
         if self.is_over:
-            text = f"training ends after step {step}: the held-out loss was lower after step "
-            self._log.append("note", text=f"{text}{self._best.step}" if self._best else text)
+            best = self._best.step if self._best else "an earlier one"
+            self._log.append(
+                "note",
+                text=f"training ended after step {step} of {self._steps} (train.patience): the "
+                f"held-out loss was lower after step {best}",
+            )
 
     @property
     def curve(self) -> dict[int, float]:

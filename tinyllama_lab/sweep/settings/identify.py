@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
 import os
-import re
-import struct
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tinyllama_lab.config.axes import shown_name
 from tinyllama_lab.config.schema import ALL, HUB_COLUMNS, Config, DataConfig, ModelConfig, Science
-from tinyllama_lab.config.targets import LLAMA_MODULES, TARGET_GROUPS, group_names, missing_names
 from tinyllama_lab.config.validate import build
 from tinyllama_lab.data import cache, hub
 from tinyllama_lab.data.snapshots import fewest_positions
@@ -28,13 +23,13 @@ from tinyllama_lab.data.splits.splits import Split
 from tinyllama_lab.errors import DataError, LabError, ModelError, TooFewRowsError
 from tinyllama_lab.study.files import exists, user_path
 from tinyllama_lab.study.trial import SHIPPED
+from tinyllama_lab.sweep.settings.fits import adapter_problems, folder_of
 from tinyllama_lab.sweep.settings.profile import has_cuda
 from tinyllama_lab.sweep.settings.typed_paths import hub_way
 
 T = TypeVar("T")
 THREADS_A_CPU = 4  # more threads only wait for each other; thousands crash the process
 _TEST_APART, _PARTS_READ = 5, 6  # versions of `rendering`, which says what they change
-_EMBEDDING = re.compile(r"embed|^wte$|^wpe$|^lm_head$|^shared$")  # layers that take no adapter
 
 
 def model_identity(model: ModelConfig) -> str:
@@ -196,41 +191,12 @@ def rendering(config: Config, read_data: DataConfig | None = None) -> int:
     return HUB_COLUMNS if is_open and None in extra_columns else 3
 
 
-def module_names(model: ModelConfig) -> list[str] | None:
-    """Return the names of the model's linear layers; None if only the worker knows them."""
-    if model.source in ("random", "package"):
-        mlp = TARGET_GROUPS["mlp"]
-        return [f"model.layers.0.{'mlp' if n in mlp else 'self_attn'}.{n}" for n in LLAMA_MODULES]
-    folder = _folder(model)
-    names: set[str] = set()
-    for file in folder.glob("*.safetensors") if folder else ():
-        # the header has names and shapes, so that no weights are read
-        for name, entry in _safetensors_header(file).items():
-            # only linear layers, whose weights are matrices, take an adapter
-            if name.endswith(".weight") and len(entry.get("shape", [])) == 2:
-                names.add(name.removesuffix(".weight"))
-    return sorted(name for name in names if not _EMBEDDING.search(_leaf(name))) or None
-
-
-def _leaf(name: str) -> str:
-    return name.rpartition(".")[2]
-
-
-def _folder(model: ModelConfig) -> Path | None:
-    """Return the folder of a model on this machine; None if it is not downloaded yet."""
-    if model.source == "local":
-        return user_path(str(model.path))
-    if model.source == "hub":
-        return hub.cached_snapshot(str(model.repo), model.revision, "model")
-    return None
-
-
 def length_problems(config: Science) -> list[str]:
     """Return the problems of lengths that exceed the positions of the model.
 
     Only the worker knows the prompts, so it checks prompt and completion together.
     """
-    folder, evaluation = _folder(config.model), config.eval
+    folder, evaluation = folder_of(config.model), config.eval
     positions = fewest_positions(folder) if folder else None
     lengths = {
         "eval.max_new_tokens": evaluation.max_new_tokens if evaluation.generations else 0,
@@ -242,24 +208,6 @@ def length_problems(config: Science) -> list[str]:
         for name, count in lengths.items()
         if positions is not None and count >= positions
     ]
-
-
-def targets_problem(config: Config) -> str | None:
-    """Return the problem of `lora.targets` for this model, or None."""
-    names, targets = module_names(config.model), config.lora.targets
-    # the worker finds `all_linear`, and what an expression matches, in the model
-    if names is None or (isinstance(targets, str) and targets not in TARGET_GROUPS):
-        return None
-    wanted = targets if isinstance(targets, list) else group_names(targets, names)
-    missing = missing_names(wanted, names)
-    if wanted and not missing:
-        return None
-    leaves = sorted({_leaf(name) for name in names})
-    return (
-        f"lora.targets must name modules of the model, got {', '.join(missing) or targets}; "
-        f"{shown_name(vars(config.model))} has {', '.join(leaves)}; "
-        f"set lora.targets=all_linear or lora.targets=[{leaves[0]}]"
-    )
 
 
 def harness_problem(config: Science) -> str | None:
@@ -336,7 +284,7 @@ class Identifier:
         )
         texts = [harness_problem(config)]
         if model:
-            texts += [targets_problem(config), *length_problems(config)]
+            texts += [*adapter_problems(config), *length_problems(config)]
         self.problems += [*hardware_problems(config), *(text for text in texts if text)]
         return known
 
@@ -378,18 +326,3 @@ class Identifier:
             self.problems += self._missing[key].problems
         known: T | None = self._known[key]
         return known
-
-
-def _safetensors_header(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            # limited: a damaged length must not fill the memory
-            header = json.loads(file.read(min(length, 100_000_000)))
-        if not isinstance(header, dict):
-            raise ValueError("no header")
-        return {name: entry for name, entry in header.items() if isinstance(entry, dict)}
-    except (OSError, ValueError, struct.error) as error:
-        raise ModelError(
-            f"{path} must be a safetensors file; it cannot be read ({error})"
-        ) from error

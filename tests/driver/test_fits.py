@@ -1,0 +1,146 @@
+"""Settings of adapters that do not fit the model are refused before anything starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import grid
+from tests.driver.test_identify import model, model_folder
+from tinyllama_lab.config import schema as config
+from tinyllama_lab.config.schema import Config, ModelConfig
+from tinyllama_lab.config.targets import LLAMA_MODULES
+from tinyllama_lab.errors import ModelError
+from tinyllama_lab.sweep.settings import fits
+from tinyllama_lab.sweep.settings.fits import adapter_problems, model_weights, module_names
+
+
+def small(**changes: Any) -> Config:
+    loaded = config.load(grid.plain(*grid.SMALL))
+    chosen = changes.pop("model", loaded.model)
+    lora = dataclasses.replace(loaded.lora, **changes)
+    return dataclasses.replace(loaded, lora=lora, model=chosen)
+
+
+def problem_of(config: Config) -> str | None:
+    return next(iter(adapter_problems(config)), None)
+
+
+@pytest.mark.parametrize(
+    "targets", ["attention_qv", "attention", "mlp", "all_linear", ["up_proj"]]
+)
+def test_every_word_and_module_of_a_llama_is_a_target(targets: Any) -> None:
+    assert problem_of(small(targets=targets)) is None
+
+
+def test_a_module_that_is_not_there_is_named_with_those_that_are() -> None:
+    problem = problem_of(small(targets=["q_proj", "W_pack", "lm_head"]))
+    assert (
+        problem
+        and "got W_pack, lm_head;" in problem
+        and ", ".join(sorted(LLAMA_MODULES)) in problem
+    )
+
+
+def leaves(of: ModelConfig) -> list[str]:
+    return [name.rpartition(".")[2] for name in module_names(model_weights(of) or {})]
+
+
+def test_the_modules_of_a_local_model_are_read_from_its_weights(tmp_path: Path) -> None:
+    local = model(path=str(model_folder(tmp_path / "m", ("c_attn", "c_proj"))))
+    assert leaves(local) == ["c_attn", "c_proj"]
+    for known in (["c_attn"], "attention_qv"):
+        assert problem_of(small(model=local, targets=known)) is None
+    for strange, name in (("mlp", "mlp"), (["q_proj"], "q_proj")):
+        problem = problem_of(small(model=local, targets=strange))
+        assert problem and f"got {name}; m has c_attn, c_proj; set" in problem
+
+
+@pytest.mark.parametrize("content", [b"", b"\x08", struct.pack("<Q", 2) + b"[]", b"\xff" * 40])
+def test_damaged_weights_are_an_error_with_their_name(tmp_path: Path, content: bytes) -> None:
+    folder = model_folder(tmp_path / "m")
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(ModelError, match="model.safetensors must be a safetensors file"):
+        model_weights(model(path=str(folder)))
+
+
+def test_layers_that_take_no_adapter_are_not_among_them(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "m", ("c_attn", "wte", "wpe", "word_embeddings", "lm_head"))
+    assert leaves(model(path=str(folder))) == ["c_attn"]
+
+
+def test_the_modules_of_a_model_in_the_cache_of_the_hub_are_read_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    snapshots = tmp_path / "hub" / "models--o--m" / "snapshots"
+    snapshots.mkdir(parents=True)
+    model_folder(snapshots / ("a" * 40), ("c_attn", "c_proj"))
+    assert leaves(model("hub", repo="o/m")) == ["c_attn", "c_proj"]
+    problem = problem_of(small(model=model("hub", repo="o/m"), targets="mlp"))
+    assert problem and "o/m has c_attn, c_proj; set lora.targets=all_linear or" in problem
+
+
+def test_only_the_worker_knows_the_modules_of_another_model() -> None:
+    assert model_weights(model("hub", repo="owner/name")) is None
+
+
+# settings of the two-layer Llama of the tests, with what their sentence says
+UNFIT: list[tuple[dict[str, Any], str]] = [
+    ({"layers": [5]}, "must name layers of the model, got [5]; random has 2, from 0 to 1"),
+    ({"layers": [-1]}, "got [-1]; random has 2, from 0 to 1; set lora.layers=all"),
+    ({"layers": "first_99"}, "got first_99; random has 2, from 0 to 1"),
+    ({"layers": "last_3"}, "got last_3; random has 2, from 0 to 1"),
+    ({"rank_pattern": {"down": 16}}, "got 'down'; adapted are down_proj, gate_proj, k_proj"),
+    (
+        {"rank_pattern": {"down_proj": 16}, "targets": "attention"},
+        "got 'down_proj'; adapted are k_proj, o_proj, q_proj, v_proj; set",
+    ),
+    ({"bias": "all"}, "lora.bias=all needs a model whose layers have biases, and random has none"),
+    ({"modules_to_save": ["lm_haed"]}, "got lm_haed; random has down_proj, embed_tokens"),
+    ({"modules_to_save": ["lm_haed"]}, "; set lora.modules_to_save=[lm_head]"),
+    ({"init": "pissa", "r": 33}, "lora.init=pissa, got 33 and model.layers.0.self_attn.k_proj"),
+    ({"init": "olora", "r": 512}, "with 32; set lora.r=32"),
+    ({"targets": ["qproj"]}, "or lora.targets=[q_proj]"),
+]
+
+
+@pytest.mark.parametrize(("changes", "says"), UNFIT, ids=str)
+def test_what_does_not_fit_the_model_is_refused_with_what_does(
+    changes: dict[str, Any], says: str
+) -> None:
+    (problem,) = adapter_problems(small(**changes))
+    assert says in problem.replace("tiny_random", "random")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layers": "last_2"},
+        {"layers": [0, 1]},
+        {"rank_pattern": {"down_proj": 16}},
+        {"rank_pattern": {"layers.1.mlp.down_proj": 16}},
+        {"rank_pattern": {".*[.]down_proj": 16}},  # for the worker, which limits its time
+        {"modules_to_save": ["lm_head", "embed_tokens", "input_layernorm"]},
+        {"init": "pissa", "r": 32},
+        {"init": "pissa", "r": 64, "targets": ["q_proj"]},
+        {"targets": "regex:.*nothing"},  # as above
+    ],
+    ids=str,
+)
+def test_what_fits_passes(changes: dict[str, Any]) -> None:
+    assert adapter_problems(small(**changes)) == []
+
+
+def test_dora_on_int8_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = config.load(grid.plain(*grid.SMALL, "quant=int8", "lora.variant=dora"))
+    for has_gpu in (False, True):
+        monkeypatch.setattr(fits, "has_cuda", lambda has_gpu=has_gpu: has_gpu)
+        assert ["needs a GPU on an int8 base" in p for p in adapter_problems(loaded)] == (
+            [] if has_gpu else [True]
+        )
