@@ -1,4 +1,4 @@
-"""Parts of a decoder: embedding, blocks, and whether its head can be computed at labels alone."""
+"""Parts of a decoder: embedding, blocks, states, and a head that can be computed at labels."""
 
 from __future__ import annotations
 
@@ -51,6 +51,16 @@ def decoder_blocks(model: nn.Module) -> list[nn.Module]:
     lists = [each for each in model.modules() if isinstance(each, nn.ModuleList)]
     alike = [list(each) for each in lists if len({type(block) for block in each}) == 1]
     return max(alike, key=len, default=[])
+
+
+def states_beside_attention(model: PreTrainedModel) -> str:
+    """Return what carries something from token to token beside attention; empty if nothing."""
+    config: Any = model.config.get_text_config()
+    kinds = {*(getattr(config, "layer_types", None) or ())}
+    kinds -= {"full_attention", "sliding_attention"}
+    if any(isinstance(module, nn.Conv1d) for module in model.modules()):
+        kinds = kinds or {"convolutions"}
+    return ", ".join(sorted(kinds))
 
 
 @contextmanager

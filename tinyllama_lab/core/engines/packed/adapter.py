@@ -149,13 +149,19 @@ class PackedAdapter:
         """
         storage = self._storage
         self._first = torch.zeros_like(storage.weights)
-        self.layout.fill(self._first, values)
         if storage.compute_weights is storage.weights:  # it holds B - B0 from now on
             storage.compute_weights = storage.weights.clone()
         for kind in (_MOVED, _FIRST):
             self._beyond[kind] = torch.zeros_like(storage.compute_weights)
         self._pairs.clear()
+        self._set_first(values)
         self.updated()
+
+    def _set_first(self, values: dict[str, torch.Tensor]) -> None:
+        assert self._first is not None
+        self.layout.fill(self._first, values)
+        for factors in self._beyond.values():  # `updated` writes `A - A0` over one of the two A0
+            factors.copy_(self._first)
 
     def freeze(self) -> None:
         """Free what only training needs: gradients, and float32 weights that are only updated."""
@@ -233,10 +239,8 @@ class PackedAdapter:
 
     def _of_first(self, trained: Pairs, kind: str) -> Pairs:
         flat, offsets = self._beyond[kind], [self.layout.offsets[m] for m in trained.modules]
-        a, b = (
-            self.layout.joint(flat, offsets),
-            [self.layout.matrices(flat, o)[1] for o in offsets],
-        )
+        a = self.layout.joint(flat, offsets)
+        b = [self.layout.matrices(flat, each)[1] for each in offsets]
         grad_a = trained.grad_a if kind == _MOVED else None
         return Pairs(trained.modules, a, grad_a, b, [], trained.rank, trained.scaling, [], [])
 
@@ -271,15 +275,11 @@ class PackedAdapter:
         self._norms.clear()
         storage, first = self._storage, self._first
         if first is not None:
-            a0, b0 = self.layout.parts(first)
             moved_a, moved_b = self.layout.parts(storage.weights - first)
             a, b = self.layout.parts(storage.compute_weights)
             a.copy_(self.layout.parts(storage.weights)[0])
             b.copy_(moved_b)
-            for kind, factor in ((_MOVED, moved_a), (_FIRST, a0)):
-                a, b = self.layout.parts(self._beyond[kind])
-                a.copy_(factor)
-                b.copy_(b0)
+            self.layout.parts(self._beyond[_MOVED])[0].copy_(moved_a)
         elif storage.compute_weights is not storage.weights:
             storage.compute_weights.copy_(storage.weights)
 
@@ -313,7 +313,7 @@ class PackedAdapter:
             halves = {n: v.chunk(2, 0 if ".lora_A." in n else 1) for n, v in named.items()}
             named = {name: trained for name, (trained, _) in halves.items()}
             first = {n: f if ".lora_A." in n else -f for n, (_, f) in halves.items()}
-            self.layout.fill(self._first, first)
+            self._set_first(first)
         self.layout.fill(self.flat.zero_(), named)
         self.updated()
 

@@ -35,7 +35,12 @@ from tinyllama_lab.core.engines.packed.segments import ModuleColumns
 from tinyllama_lab.core.engines.packed.weights import FrozenWeight, joint_bias
 from tinyllama_lab.core.engines.sampling import TokenSampling
 from tinyllama_lab.core.models.loading import Base
-from tinyllama_lab.core.models.parts import changed_embedding, decoder_blocks, has_plain_head
+from tinyllama_lab.core.models.parts import (
+    changed_embedding,
+    decoder_blocks,
+    has_plain_head,
+    states_beside_attention,
+)
 
 ATTENTION = "packed_sequences"  # its name in transformers' registry
 # names of layers that read one input in most architectures; in others nothing is joined
@@ -121,7 +126,8 @@ class AnyDecoder:
         self.module_numbers: dict[str, int] = {}  # of every adaptable module, by name
         self._has_plain_head = has_plain_head(self._model)
         self._wrapped: list[Any] = []
-        _refuse_states(self._model)
+        if states := states_beside_attention(self._model):
+            raise UnknownPassError(f"its layers pass a state from token to token ({states})")
         blocks = set(decoder_blocks(self._model))
         for name, module in self._model.named_modules():
             for names in _linear_children(module, but=self._head):
@@ -223,20 +229,6 @@ class AnyDecoder:
         with self._running(_Pass([item.adapter for item in items])):
             examples = [item.example for item in items]
             return generate(self._base, examples, tokens, stop, sampling, on_token)
-
-
-def _refuse_states(model: Any) -> None:
-    """Refuse a model whose layers carry something from token to token beside attention.
-
-    Raises:
-        UnknownPassError: there is such a layer.
-    """
-    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
-    kinds -= {"full_attention", "sliding_attention"}
-    is_convolution = any(isinstance(module, nn.Conv1d) for module in model.modules())
-    if kinds or is_convolution:
-        names = ", ".join(sorted(kinds)) or "convolutions"
-        raise UnknownPassError(f"its layers pass a state from token to token ({names})")
 
 
 def _forward_of(module: nn.Module) -> Callable[..., Any]:
