@@ -296,19 +296,19 @@ SECRETS = typed(
     ],
 )
 
-_NAME = "study must be a name"
+_NAME = "study must be 1 to 64 letters"
 PATHS = typed(
     "S4",
     [
-        ("parent", "a study above its root", ("study=../outside/x",), "study"),
-        ("absolute", "an absolute study", ("study=/tmp/x",), "study"),
-        ("nested", "a study with a slash", ("study=a/b",), "study"),
-        ("dots", "two dots", ("study=..",), "study"),
-        ("backslash", "backslashes", (r"study='..\\x'",), "study"),
-        ("long", "300 characters", (f"study={'x' * 300}",), "study"),
-        ("slash", "another slash", ("study='a∕b'",), "study"),
-        ("newline", "a line break", ("study='a\nb'",), "study"),
-        ("option", "a name like an option", ("study='-rf'",), "study"),
+        ("parent", "a study above its root", ("study=../outside/x",), _NAME),
+        ("absolute", "an absolute study", ("study=/tmp/x",), _NAME),
+        ("nested", "a study with a slash", ("study=a/b",), _NAME),
+        ("dots", "two dots", ("study=..",), _NAME),
+        ("backslash", "backslashes", (r"study='..\\x'",), _NAME),
+        ("long", "300 characters", (f"study={'x' * 300}",), _NAME),
+        ("slash", "another slash", ("study='a∕b'",), _NAME),
+        ("newline", "a line break", ("study='a\nb'",), _NAME),
+        ("option", "a name like an option", ("study='-rf'",), _NAME),
         ("run-dir", "Hydra's folder", ("hydra.run.dir=../outside/x",), _NODE("run.dir")),
         ("sweep-dir", "Hydra's folder", ("hydra.sweep.dir=../outside/x",), _NODE("sweep.dir")),
         ("subdir", "a folder in it", ("hydra.sweep.subdir=../../x",), _NODE("sweep.subdir")),
