@@ -23,7 +23,7 @@ from transformers import (
 from tests.llamas import apart, items_of
 from tinyllama_lab.core.dataset.dataset import Example
 from tinyllama_lab.core.engines.peft import collate, label_losses, micro_batches
-from tinyllama_lab.core.models import heads
+from tinyllama_lab.core.models import parts
 
 CPU = torch.device("cpu")
 SIZES = dict(
@@ -102,7 +102,7 @@ def test_head_at_labels_equals_all_logits(monkeypatch: pytest.MonkeyPatch) -> No
         return losses, model.model.layers[0].self_attn.q_proj.weight.grad
 
     short = loss_and_gradient()
-    monkeypatch.setattr(heads, "PLAIN_HEADS", set())
+    monkeypatch.setattr(parts, "PLAIN_HEADS", set())
     for found, expected in zip(short, loss_and_gradient(), strict=True):
         assert apart(found, expected) < 1e-5  # of the largest: small ones are sums that cancel
 

@@ -206,7 +206,8 @@ def test_a_model_is_as_before_when_peft_refuses_a_module_halfway() -> None:
     assert not any(p.requires_grad for p in model.parameters())
     with torch.no_grad():
         assert torch.equal(model(ids).logits, logits)
-    assert why_not_packed(base_of(model)) == "PEFT cannot adapt all of its linear layers"
+    reason = why_not_packed(base_of(model))
+    assert reason is not None and "pass a state from token to token" in reason
     # what it says instead works
     names = str(caught.value).rpartition("; set lora.targets=[")[2].rstrip("]").split(",")
     adapted = lora.attach(model, settings(targets=names), 0)

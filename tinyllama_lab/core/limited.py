@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -13,6 +14,7 @@ from tinyllama_lab.errors import ModelError
 from tinyllama_lab.metrics import MIB
 
 _MOST_SECONDS = 5.0
+_SOON_S = 1e-4  # a timer of 0 s would never end
 _LONGEST = 2**26  # characters of a conversation; rows of files are shorter
 _MOST_MIB = 1024  # beyond what the process has
 _SIZE = "/proc/self/statm"  # its first number: pages of the process
@@ -45,7 +47,9 @@ def limited(what: str, remedy: str, seconds: float = _MOST_SECONDS) -> Iterator[
 
     before = signal.signal(signal.SIGALRM, stop)
     memory = resource.getrlimit(resource.RLIMIT_AS)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    # a process has one such timer, which may be that of a caller
+    left_s, interval_s = signal.setitimer(signal.ITIMER_REAL, seconds)
+    begin = time.monotonic()
     try:
         _limit_memory(memory)
         yield
@@ -55,6 +59,9 @@ def limited(what: str, remedy: str, seconds: float = _MOST_SECONDS) -> Iterator[
         signal.setitimer(signal.ITIMER_REAL, 0)
         resource.setrlimit(resource.RLIMIT_AS, memory)
         signal.signal(signal.SIGALRM, before)
+        if left_s:  # what ran out meanwhile comes now
+            rest_s = max(left_s - (time.monotonic() - begin), _SOON_S)
+            signal.setitimer(signal.ITIMER_REAL, rest_s, interval_s)
 
 
 def render(tokenizer: Any, messages: Any, **options: Any) -> Any:
