@@ -33,6 +33,7 @@ CODES = {
     "stopped": int(Exit.STOPPED),
     "silent": int(Exit.DONE),  # says that all is done, and it is not
 }
+HANG = "hang"  # gives no sign of life any more, as if SIGSTOP had been received
 
 
 class Ended(Exception):
@@ -43,7 +44,7 @@ class Ended(Exception):
         self.code = code
 
 
-def act(pack: Pack, faults: Faults, completions: Counter[str]) -> Iterator[None]:
+def act(pack: Pack, faults: Faults, completions: Counter[str]) -> Iterator[str | None]:
     """What a worker writes, from one pause to the next; counts the results of each key."""
     work = pack.read()
     log = EventLog(pack.events_file)
@@ -65,7 +66,7 @@ def _score(
     pack_log: EventLog,
     completions: Counter[str],
     task: Task,
-) -> Iterator[None]:
+) -> Iterator[str | None]:
     """One that is trained already; its attempts at training are not counted."""
     log, place = EventLog(trial.events_file), task.result_folder
     before = [e for e in read_events(trial.events_file) if e.get("state") == "running"][1:]
@@ -91,7 +92,7 @@ def _run(
     pack_log: EventLog,
     completions: Counter[str],
     task: Task | None = None,
-) -> Iterator[None]:
+) -> Iterator[str | None]:
     log = EventLog(trial.events_file)
     before = [e for e in read_events(trial.events_file) if e.get("state") == "running"]
     log.append("state", state="running", attempt=len(before) + 1)
@@ -100,6 +101,8 @@ def _run(
     for step in range(1, STEPS + 1):
         log.append("metric", step=step, steps=STEPS, values={"train/loss": 3.0 / step})
         yield
+        while fault == HANG and step == 2:
+            yield HANG
         if fault in CODES and step == 2:
             no_memory = fault == "no_memory"
             pack_log.append("error", message=f"{fault} on purpose", out_of_memory=no_memory)
@@ -124,9 +127,10 @@ def _run(
 
 @dataclass
 class FakeWorker:
-    """One run of `act`, a step each time the driver asks for the exit status."""
+    """One run of `act`, a step and a heartbeat each time the driver asks for the exit status."""
 
-    steps: Iterator[None]
+    steps: Iterator[str | None]
+    pack: Pack | None = None
     code: int | None = None
     stopped: bool = False
 
@@ -134,7 +138,8 @@ class FakeWorker:
         """See `Worker`."""
         if self.code is None:
             try:
-                next(self.steps)
+                if next(self.steps) != HANG and self.pack is not None:
+                    self.pack.beat()
             except StopIteration:
                 self.code = int(Exit.DONE)
             except Ended as end:
@@ -162,7 +167,7 @@ class FakeWorkers:
         self.packs.append(pack)
         with pack.log_file.open("a") as log:
             log.write(f"the log of {pack.folder.name}\n")
-        self.started.append(FakeWorker(act(pack, self.faults, self.completions)))
+        self.started.append(FakeWorker(act(pack, self.faults, self.completions), pack))
         return self.started[-1]
 
     def close(self) -> None:
@@ -209,7 +214,7 @@ def main() -> int:
     try:
         with pack.locked():
             for _ in act(pack, json.loads(os.environ["FAKE_FAULTS"]), Counter()):
-                pass
+                pack.beat()
     except Ended as end:
         print(f"ends with {end.code}", file=sys.stderr, flush=True)
         if end.code < 0:

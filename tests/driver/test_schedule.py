@@ -20,7 +20,7 @@ from tinyllama_lab.study.events import read_events
 from tinyllama_lab.study.machine import cpu_name
 from tinyllama_lab.study.pack import Pace, Pack, Task
 from tinyllama_lab.study.trial import Result, State, TrialFolder
-from tinyllama_lab.sweep.execution import schedule
+from tinyllama_lab.sweep.execution import running, schedule
 from tinyllama_lab.sweep.execution.display import Display
 from tinyllama_lab.sweep.execution.interrupts import Interrupts
 from tinyllama_lab.sweep.execution.schedule import Scheduler
@@ -201,6 +201,36 @@ def test_any_other_exit_before_the_result_is_a_lost_worker(tmp_path: Path, fault
     said = run(plan, FakeWorkers({plan.trials[0].trial.key: [fault]}))
     assert sorted(outcome(plan).values()) == [("done", 1)] * 3 + [("done", 2)]
     assert "with exit status" in said
+
+
+def test_a_worker_without_a_sign_of_life_is_named_and_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schedule, "POLL_S", 0.01)
+    plan = grid.plan(tmp_path, *GRID, "hardware.silence_s=0.3")
+    workers = FakeWorkers({plan.trials[2].trial.key: ["hang"]})
+    said = run(plan, workers)
+    assert sorted(outcome(plan).values()) == [("done", 1)] * 3 + [("done", 2)]
+    assert [worker.stopped for worker in workers.started] == [True, False]
+    assert "a worker has not responded for 0 s" in said
+    assert "a worker did not respond and was killed; trying 2 trial(s) again" in said
+
+
+def test_a_driver_that_was_stopped_itself_does_not_take_that_for_silence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(running.time, "monotonic", lambda: now[0])
+    silence = running.Silence()
+    for beat in (1, 2, 2, 2):
+        now[0] += 0.2
+        silence.look(beat)
+    assert silence.seconds == pytest.approx(0.4)
+    now[0] += 3600
+    silence.look(2)
+    assert silence.seconds == pytest.approx(0.4 + running.LONGEST_LOOK_S)
+    silence.look(3)
+    assert silence.seconds == 0 and silence.longest_s == pytest.approx(5.4)
 
 
 def test_a_pack_whose_worker_never_begins_a_trial_fails(tmp_path: Path) -> None:

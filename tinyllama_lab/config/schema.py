@@ -279,6 +279,7 @@ class HardwareConfig:
     keep_dequantized: bool
     checkpoint_every_s: float = rule(above=0)
     max_attempts: int = rule(least=1)
+    silence_s: float = rule(above=0)
     card: CardConfig
 
 

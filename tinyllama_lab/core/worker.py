@@ -16,9 +16,11 @@ import logging
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tinyllama_lab.config.schema import HardwareConfig, ModelConfig, QuantConfig, part
 from tinyllama_lab.core.resident import import_modules, keep_freed_memory, limit_kernels
@@ -33,6 +35,8 @@ if TYPE_CHECKING:  # imports torch, so later: the driver first sees that the wor
     from tinyllama_lab.core.dataset.dataset import DataCache
 
 logger = logging.getLogger(__name__)
+BEAT_EVERY_S = 1.0
+IDLE_S = 1e-3  # of computing in that time, of which this thread alone needs a tenth
 
 
 def run_pack(folder: Path, stopped: Callable[[], bool]) -> Exit:
@@ -152,12 +156,35 @@ def _end_with_driver() -> None:
         sys.exit(int(Exit.STOPPED))  # the driver died before prctl was called
 
 
-def _stop_flag() -> Callable[[], bool]:
-    """Return a function that says whether SIGTERM or SIGINT was received."""
-    signals: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda received, _: signals.append(received))
-    return lambda: bool(signals)
+class StopFlag:
+    """Whether SIGTERM or SIGINT was received; `asked` counts how often that was looked for."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self._came = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._receive)
+
+    def __call__(self) -> bool:
+        self.asked += 1
+        return self._came
+
+    def _receive(self, number: int, frame: Any) -> None:
+        self._came = True
+
+
+def _beat(pack: Pack, stopped: StopFlag) -> None:
+    """Write a heartbeat every second in which the worker computed, or looked for a signal.
+
+    It does neither while it is stopped, waits for a lock for ever, or for a broken disk.
+    """
+    computed_s, asked = 0.0, -1
+    while True:
+        if time.process_time() - computed_s > IDLE_S or stopped.asked != asked:
+            computed_s, asked = time.process_time(), stopped.asked
+            with contextlib.suppress(OSError):  # a beat that is lost is silence
+                pack.beat()
+        time.sleep(BEAT_EVERY_S)
 
 
 def _wait_for_pack() -> Path:
@@ -194,13 +221,14 @@ def main() -> int:
     share_cores()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.captureWarnings(True)
-    stopped = _stop_flag()
+    stopped = StopFlag()
     try:
         folder = Path(sys.argv[1]) if len(sys.argv) > 1 else _wait_for_pack()
     except OSError as error:
         if not is_disk_full(error):
             raise
         return int(Exit.NO_SPACE)
+    threading.Thread(target=_beat, args=(Pack(folder), stopped), daemon=True).start()
     return int(run_pack(folder, stopped))
 
 

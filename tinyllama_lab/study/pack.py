@@ -158,6 +158,25 @@ class Pack:
     def lock_file(self) -> Path:
         return self.folder / "worker.lock"
 
+    @property
+    def heartbeat_file(self) -> Path:
+        return self.folder / "heartbeat"
+
+    def beat(self) -> None:
+        """Show the driver that the worker lives; for the worker.
+
+        Raises:
+            OSError: the folder is gone.
+        """
+        self.heartbeat_file.touch()
+
+    def last_beat(self) -> int | None:
+        """Return a number that changes with every heartbeat; None if there was none."""
+        try:
+            return self.heartbeat_file.stat().st_mtime_ns
+        except OSError:  # clocks of two hosts differ, so the time itself means nothing
+            return None
+
     def write(self, work: Work) -> None:
         """Create the folder with the work of a worker, which is started afterwards.
 

@@ -31,6 +31,7 @@ from tinyllama_lab.errors import (
     DataError,
     DivergedError,
     LabError,
+    StoppedError,
 )
 from tinyllama_lab.metrics import HELDOUT_LOSS, MIB
 from tinyllama_lab.study.evaluations import HELDOUT, facts_of_rows
@@ -191,6 +192,7 @@ class Attempt:
         It holds the tokenizer too. Evaluations and exports of an earlier adapter are removed.
         """
         trial, context = self.trial, self._context
+        self._check_current()
         # first, so that no kill leaves old scores with a new adapter
         for of_earlier in (trial.eval_dir, trial.deploy_dir):
             shutil.rmtree(of_earlier, ignore_errors=True)
@@ -281,6 +283,7 @@ class Attempt:
         # The result comes first: a worker that is killed before it needs the checkpoint to
         # continue, and one that is killed after it leaves only files that nobody reads.
         result, trial = self.result, self.trial
+        self._check_current()
         if self.is_trained:
             result = self.eval_result
             self._write_evaluation()
@@ -293,6 +296,15 @@ class Attempt:
             shutil.rmtree(trial.checkpoint_dir, ignore_errors=True)
         logger.info("%s: %s %s", result.name, result.state, result.error or "")
         self._close_log()
+
+    def _check_current(self) -> None:
+        """Refuse to write what another worker writes, which has taken over the trial.
+
+        Raises:
+            StoppedError: this worker was silent for so long that it was replaced.
+        """
+        if attempts_at(self.trial) > self.result.attempts:
+            raise StoppedError("another worker has taken over")
 
     def _close_log(self) -> None:
         if self._handler is not None:
@@ -327,10 +339,15 @@ def prepare(cache: DataCache, data: DataConfig, settings: EvalConfig, seed: int 
 
 def count_attempt(log: EventLog, trial: TrialFolder) -> int:
     """Log that a trial is started; return how often that has happened."""
-    events = read_events(trial.events_file)
-    attempts = sum(event.get("state") == "running" for event in events) + 1
+    attempts = attempts_at(trial) + 1
     log.append("state", state="running", attempt=attempts)
     return attempts
+
+
+def attempts_at(trial: TrialFolder) -> int:
+    """Return how often a trial was started."""
+    events = read_events(trial.events_file, containing=b'"running"')
+    return sum(event.get("state") == "running" for event in events)
 
 
 def classify(error: Exception) -> tuple[State, dict[str, str]]:

@@ -54,7 +54,8 @@ class Display:
         self._losses: dict[Planned, float] = {}  # the latest training loss, by running trial
         self._tokens_per_s = 0.0
         self._began: float | None = None
-        self._deadline: float | None = None
+        self._left_s: float | None = None  # as it was at `_estimated_at`
+        self._estimated_at = 0.0
         self._line, self._line_at = "", time.monotonic()
         self._bar_width = 12 if console.width < _NARROW else 24
         self._bar = self._progress_bar()
@@ -204,19 +205,23 @@ class Display:
         return speed, loss, self._time_left(), self._now
 
     def _estimate(self) -> None:
-        """Set the deadline from the speed so far; `_time_left` counts down to it."""
+        """Compute the time left from the speed so far.
+
+        It is not counted down in between: without progress it would promise an end.
+        """
         now, work = time.monotonic(), self._work()
         done = work - self._resumed_work
         self._began = self._began or now
         # trials of a pack step together, but their events come one after the other
         if done > 0 and all(self._parts.values()):
-            self._deadline = now + (now - self._began) * (self._total - work) / done
+            self._left_s = (now - self._began) * (self._total - work) / done
+            self._estimated_at = now
 
     def _time_left(self) -> str:
-        if self._deadline is None:
+        if self._left_s is None:
             return "time left: not known yet"
-        left_s = self._deadline - time.monotonic()
-        if left_s < 1:  # the estimate has run out
+        left_s = max(1.0, self._left_s)
+        if time.monotonic() - self._estimated_at > left_s:  # without any progress
             return "longer than expected" if self._work() < self._total else "done"
         return f"{left_s / 60:.0f} min left" if left_s >= 90 else f"{left_s:.0f} s left"
 

@@ -14,6 +14,32 @@ from tinyllama_lab.sweep.execution.slots import Slot
 from tinyllama_lab.sweep.launchers import Worker
 from tinyllama_lab.sweep.plan import Planned
 
+LONGEST_LOOK_S = 5.0  # between two looks of a driver that was not stopped meanwhile
+
+
+@dataclass
+class Silence:
+    """How long a worker has written no heartbeat.
+
+    Only time in which this driver looked counts: it may have been stopped itself.
+    """
+
+    seconds: float = 0.0
+    longest_s: float = 0.0  # that ended by itself
+    is_named: bool = False  # whether the user was told of it
+    _beat: int | None = None
+    _looked_at: float = field(default_factory=time.monotonic)
+
+    def look(self, beat: int | None) -> None:
+        """Count the time since the last look, unless there was a heartbeat."""
+        now = time.monotonic()
+        if beat != self._beat:
+            self.longest_s = max(self.longest_s, self.seconds)
+            self.seconds, self._beat, self.is_named = 0.0, beat, False
+        else:
+            self.seconds += min(now - self._looked_at, LONGEST_LOOK_S)
+        self._looked_at = now
+
 
 @dataclass(eq=False)
 class Running:
@@ -32,6 +58,7 @@ class Running:
         self.group = self.open[0].group
         self._events = EventReader(self.pack.events_file)
         self._readers: dict[Planned, EventReader] = {}
+        self._silence = Silence()
         for planned in self.open:
             self._follow(planned)
 
@@ -46,6 +73,11 @@ class Running:
         if self.takes_more:
             self.takes_more = False
             self.pack.close()
+
+    def silence(self) -> Silence:
+        """Return how long the worker has been silent; to be called at every look."""
+        self._silence.look(self.pack.last_beat())
+        return self._silence
 
     def phases(self) -> list[str]:
         """Return the phases that the worker has reported since the last call."""

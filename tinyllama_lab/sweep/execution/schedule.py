@@ -167,12 +167,27 @@ class Scheduler:
         """Read what one worker has written; after its end, queue its unfinished trials."""
         code = running.worker.exit_code()  # before reading: an ended worker writes no more
         self._look(running)
-        if code is None:
+        if code is None and self._responds(running):
             return
         self._interrupts.check()  # a worker that stopped with the driver is not lost
         self._running.remove(running)
         self._slots.give_back(running.slot)
         self._queue.put_back(self._settle(running, code))
+
+    def _responds(self, running: Running) -> bool:
+        """Return whether a worker gives signs of life; it is ended if it does not."""
+        silence, allowed_s = running.silence(), self._plan.config.hardware.silence_s
+        limit_s = allowed_s + silence.longest_s
+        if silence.seconds > limit_s / 2 and not silence.is_named:
+            silence.is_named = True
+            self._display.say(
+                f"a worker has not responded for {silence.seconds:.0f} s: stopped, or waiting for "
+                f"a disk? After {limit_s:.0f} s another one takes its trials"
+            )
+        if silence.seconds <= limit_s:
+            return True
+        running.worker.stop(patience_s=0)
+        return False
 
     def _stop(self) -> None:
         """End all workers at the same time: a cluster waits only seconds after SIGTERM."""
@@ -241,7 +256,7 @@ class Scheduler:
             settings = flatten(planned.config)
             self._display.say(failure(planned.label, planned.trial, result, settings))
 
-    def _settle(self, running: Running, code: int) -> list[list[Planned]]:
+    def _settle(self, running: Running, code: int | None) -> list[list[Planned]]:
         """Record the failures of an ended worker, and return the packs to run again."""
         for planned in list(running.open):
             self._collect(running, planned)
@@ -259,14 +274,14 @@ class Scheduler:
             return []
         return self._after_loss(running, code)
 
-    def _after_loss(self, running: Running, code: int) -> list[list[Planned]]:
+    def _after_loss(self, running: Running, code: int | None) -> list[list[Planned]]:
         """Return the packs to run again after a worker was killed or has crashed.
 
         The loss counts as one attempt of the trial that was running. If several trials ran side
         by side, the cause is unknown: one of them, or too little memory for all. The pack then
         runs again in halves, down to a trial that runs alone.
         """
-        cause = f"by signal {-code}" if code < 0 else f"with exit status {code}"
+        cause = _cause(code)
         current = running.was_running()
         side_by_side = len(current) > 1 and code != Exit.STOPPED
         charged = current or list(running.open)
@@ -278,7 +293,7 @@ class Scheduler:
             if self._lost[planned.trial.key] >= self._plan.config.hardware.max_attempts:
                 times = self._lost[planned.trial.key]
                 often = "" if times == 1 else f", {times} times"
-                text = f"its worker ended {cause}{often}; see worker.log next to this result"
+                text = f"its worker {cause}{often}; see worker.log next to this result"
                 self._fail(running, planned, running.failure(planned, "killed", text))
         left = list(running.open)
         if not left:
@@ -287,7 +302,7 @@ class Scheduler:
         half = (len(left) + 1) // 2 if side_by_side else len(left)
         packs = [pack for pack in (left[:half], left[half:]) if pack]
         halves = " in halves" if len(packs) > 1 else ""
-        self._display.say(f"a worker ended {cause}; trying {len(left)} trial(s) again{halves}")
+        self._display.say(f"a worker {cause}; trying {len(left)} trial(s) again{halves}")
         return packs
 
     def _fail(self, running: Running, planned: Planned, result: Result) -> None:
@@ -299,3 +314,10 @@ class Scheduler:
     def _track(self, planned: Planned) -> None:
         settings = params(planned.config, self._plan.swept)
         self._tracker.follow(planned.trial, planned.label, settings)
+
+
+def _cause(code: int | None) -> str:
+    """Return how a worker ended; `code` is its exit status, None if it was ended in silence."""
+    if code is None:
+        return "did not respond and was killed"
+    return f"ended by signal {-code}" if code < 0 else f"ended with exit status {code}"

@@ -16,10 +16,12 @@ from typing import IO
 from tinyllama_lab.study.files import no_link
 from tinyllama_lab.study.pack import DRIVER_PID, Pack
 from tinyllama_lab.sweep.launchers import Workers
+from tinyllama_lab.sweep.launchers.lifeline import Lifeline, end_group
 from tinyllama_lab.sweep.settings.profile import has_cuda
 
 # the folder that holds the package, in a checkout or in site-packages
 _ROOT = Path(__file__).parents[3]
+KILLED_WITHIN_S = 5.0  # time for SIGKILL to take effect on a busy machine
 
 
 def worker_environment() -> dict[str, str]:
@@ -31,22 +33,26 @@ def worker_environment() -> dict[str, str]:
 class LocalWorker:
     """A worker in a session of its own, so that Ctrl-C reaches it only through the driver."""
 
-    def __init__(self, pack: Pack, ahead: _Ahead | None = None) -> None:
+    def __init__(self, pack: Pack, lifeline: Lifeline, ahead: _Ahead | None = None) -> None:
         """Start a process, or take one that was started ahead and knows the pack."""
-        self._pack, self._ahead = pack, ahead
+        self._pack, self._lifeline, self._ahead = pack, lifeline, ahead
+        self._is_settled = False
         if ahead is not None:
             self._process = ahead.process
             return
         # a file, not a pipe: the worker must not block or die when the driver is gone
         with open(pack.log_file, "ab", opener=no_link) as log:
-            self._process = _start([str(pack.folder)], subprocess.DEVNULL, log)
+            self._process = _start(lifeline, [str(pack.folder)], subprocess.DEVNULL, log)
 
     def exit_code(self) -> int | None:
         """See `Worker`."""
         code = self._process.poll()
-        if code is not None and self._ahead is not None:
-            self._ahead.keep_output(self._pack)
-            self._ahead = None
+        if code is not None and not self._is_settled:
+            self._is_settled = True
+            end_group(self._process.pid)  # what it has started and left
+            self._lifeline.release(self._process.pid)
+            if self._ahead is not None:
+                self._ahead.keep_output(self._pack)
         return code
 
     def stop(self, patience_s: float) -> None:
@@ -56,10 +62,14 @@ class LocalWorker:
             self._process.wait(patience_s)
         except BaseException as error:
             # also after a second Ctrl-C: the worker must not outlive the driver
-            self._process.kill()
-            self._process.wait()
+            end_group(self._process.pid)
+            # a process that waits for a broken disk dies later, before it does anything else
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(KILLED_WITHIN_S)
             if not isinstance(error, subprocess.TimeoutExpired):
                 raise
+        finally:
+            self.exit_code()
 
 
 def workers(stopped: Callable[[], bool]) -> Workers:
@@ -75,20 +85,22 @@ class LocalWorkers:
     """
 
     def __init__(self) -> None:
-        self._ahead = None if has_cuda() else _Ahead.start()
+        self._lifeline = Lifeline()
+        self._ahead = None if has_cuda() else _Ahead.start(self._lifeline)
 
     def start(self, pack: Pack) -> LocalWorker:
         """See `Workers`."""
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead.send(pack):
-            return LocalWorker(pack, ahead)
-        return LocalWorker(pack)
+            return LocalWorker(pack, self._lifeline, ahead)
+        return LocalWorker(pack, self._lifeline)
 
     def close(self) -> None:
         """See `Workers`."""
         if self._ahead is not None:
             self._ahead.end()
             self._ahead = None
+        self._lifeline.close()
 
 
 class _Ahead:
@@ -99,11 +111,11 @@ class _Ahead:
         self._output = output  # of the process, until it has a pack
 
     @classmethod
-    def start(cls) -> _Ahead | None:
+    def start(cls, lifeline: Lifeline) -> _Ahead | None:
         """Start it; None if that is not possible, because nothing depends on it."""
         try:
             output = tempfile.TemporaryFile()
-            return cls(_start([], subprocess.PIPE, output), output)
+            return cls(_start(lifeline, [], subprocess.PIPE, output), output)
         except OSError:
             return None
 
@@ -134,8 +146,11 @@ class _Ahead:
         self._output.close()
 
 
-def _start(arguments: list[str], stdin: int, output: IO[bytes]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
+def _start(
+    lifeline: Lifeline, arguments: list[str], stdin: int, output: IO[bytes]
+) -> subprocess.Popen[bytes]:
+    lifeline.open()  # first, so that no worker lives without it
+    process = subprocess.Popen(
         [sys.executable, "-m", "tinyllama_lab.core.worker", *arguments],
         stdin=stdin,
         stdout=output,
@@ -143,3 +158,5 @@ def _start(arguments: list[str], stdin: int, output: IO[bytes]) -> subprocess.Po
         env={**worker_environment(), DRIVER_PID: str(os.getpid())},
         start_new_session=True,
     )
+    lifeline.hold(process.pid)
+    return process

@@ -74,6 +74,7 @@ _IDLE: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
     ("hardware.gpus", _LAUNCHER, _is("inline"), f"{_LAUNCHER}=local"),
     ("hardware.workers", _LAUNCHER, _is("inline"), f"{_LAUNCHER}=local"),
     ("hardware.max_attempts", _LAUNCHER, _is("inline"), f"{_LAUNCHER}=local"),
+    ("hardware.silence_s", _LAUNCHER, _is("inline"), f"{_LAUNCHER}=local"),
     *(
         (f"lora.{name}", "lora.variant", _is(FULL), "lora.variant=lora")
         for name in ("r", "alpha", "dropout", "targets", "layers", "init", *OF_BASE)
