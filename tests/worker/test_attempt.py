@@ -14,7 +14,17 @@ from typing import Any
 import pytest
 import torch
 
-from tests.packs import QUIET, Lab, Wrapped, events, losses, quickly, result, states
+from tests.packs import (
+    QUIET,
+    Lab,
+    Wrapped,
+    events,
+    losses,
+    quickly,
+    result,
+    states,
+    take_off_adapters,
+)
 from tests.studies import first_evaluation
 from tinyllama_lab.config.schema import Science, part
 from tinyllama_lab.core.evaluation import losses as evaluate
@@ -26,8 +36,10 @@ from tinyllama_lab.errors import (
     DataDownloadError,
     DataError,
     DivergedError,
+    StoppedError,
 )
 from tinyllama_lab.metrics import METRICS, Logged
+from tinyllama_lab.study.events import EventLog
 from tinyllama_lab.study.machine import cpu_name
 from tinyllama_lab.study.pack import Pace, Task
 from tinyllama_lab.study.trial import Result, State
@@ -303,6 +315,28 @@ def test_a_trial_stopped_at_any_place_has_no_result_and_continues(
     for name in ("train/loss", "eval/loss"):  # the measured speed decides the micro-batches
         assert found.metrics[name] == pytest.approx(whole.metrics[name], rel=1e-6)
     assert states(trial) == ["running", "stopped", "running", "done"]
+
+
+@pytest.mark.parametrize("scoring", [None, {"generations": 1}])
+def test_a_worker_that_was_replaced_writes_neither_adapter_nor_result(
+    scoring: dict[str, int] | None, lab: Lab
+) -> None:
+    """It may have been stopped for so long that another worker has begun its trial."""
+    trial, attempt = lab.trial(QUIET), 2 if scoring else 1
+    if scoring:
+        lab.run([trial])
+    result_folder = lab.task(trial, **scoring or {}).result_folder
+
+    def replaced() -> bool:
+        if states(trial).count("running") == attempt:  # this worker has just begun
+            EventLog(trial.events_file).append("state", state="running", attempt=attempt + 1)
+        return False
+
+    with pytest.raises(StoppedError, match="another worker has taken over"):
+        lab.run([trial], lab.context(replaced), **scoring or {})
+    assert result_folder.read_result() == (None, None)
+    assert trial.adapter_dir.exists() == bool(scoring)
+    take_off_adapters(lab.base.model)
 
 
 def test_a_trial_scored_on_other_rows_than_its_base_is_refused(lab: Lab) -> None:

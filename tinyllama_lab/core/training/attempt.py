@@ -298,11 +298,7 @@ class Attempt:
         self._close_log()
 
     def _check_current(self) -> None:
-        """Refuse to write what another worker writes, which has taken over the trial.
-
-        Raises:
-            StoppedError: this worker was silent for so long that it was replaced.
-        """
+        """Raise StoppedError if this worker was silent for long, and another has the trial now."""
         if attempts_at(self.trial) > self.result.attempts:
             raise StoppedError("another worker has taken over")
 
