@@ -111,14 +111,13 @@ def _run(
     if result.state is State.DONE:
         trial.adapter_dir.mkdir(exist_ok=True)
         (trial.adapter_dir / "weights").write_bytes(b"w" * 8)
-        result.files = {"adapter/weights": 8}
         result.metrics = {"eval/loss": int(trial.key[:4], 16) / 2**16, "eval/perplexity": 1.0}
         result.data = {"eval_fingerprint": "e"}
         settings = task.eval_settings if task else None
         result.evaluation = evaluation_key(settings) if settings else None
     else:
         result.error = {"class": fault, "message": f"{fault} on purpose", "log_tail": ""}
-    trial.commit(result)
+    trial.commit(result, [trial.adapter_dir / "weights"])
     completions[trial.key] += 1
     yield
     log.append("state", state=str(result.state))

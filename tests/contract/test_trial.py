@@ -168,8 +168,10 @@ def ended(folder: Path, **fields: Any) -> TrialFolder:
     made.write_config(CONFIG)
     made.adapter_dir.mkdir()
     (made.adapter_dir / "weights").write_bytes(b"12345")
-    given_fields = {"files": {"adapter/weights": 5}, "metrics": {"eval/loss": 1.5}, **fields}
-    made.commit(Result(made.key, made.name, State.DONE, **given_fields))
+    given_fields = {"metrics": {"eval/loss": 1.5}, **fields}
+    made.commit(
+        Result(made.key, made.name, State.DONE, **given_fields), [made.adapter_dir / "weights"]
+    )
     return made
 
 
@@ -211,7 +213,7 @@ DAMAGE = {
     "is damaged    ": lambda t: t.result_file.write_text("[" * 100_000),
     "cannot be read": lambda t: t.result_file.write_bytes(b"\xff\xfe{}"),
     "weights is missing": lambda t: (t.adapter_dir / "weights").unlink(),
-    "weights is missing or not": lambda t: (t.adapter_dir / "weights").write_bytes(b"123"),
+    "weights has 3 bytes, and": lambda t: (t.adapter_dir / "weights").write_bytes(b"123"),
 }
 
 

@@ -18,6 +18,7 @@ from tests.studies import first_evaluation
 from tinyllama_lab.errors import ConfigError, StudyError
 from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.study.evaluations import read_merged, read_requested, read_whole
+from tinyllama_lab.study.integrity import MEMO
 from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.study.trial import Evaluation, State, TrialFolder, former_keys
 from tinyllama_lab.sweep.evaluate_command import evaluate, read_arguments
@@ -86,7 +87,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def everything(trial: TrialFolder) -> dict[str, bytes]:
     """Return the files of a trial, without those that are only appended to."""
-    grow = (trial.events_file, trial.log_file)
+    grow = (trial.events_file, trial.log_file, trial.folder / MEMO)
     files = [path for path in trial.folder.rglob("*") if path.is_file() and path not in grow]
     return {str(path.relative_to(trial.folder)): path.read_bytes() for path in files}
 
@@ -275,16 +276,8 @@ def aged(trial: TrialFolder) -> TrialFolder:
     old = TrialFolder(trial.folder.with_name(f"{trial.name}-{key}"))
     trial.folder.rename(old.folder)
     found.key, found.evaluation = key, None
-    found.list_files(
-        old,
-        [
-            p
-            for p in old.folder.rglob("*")
-            if str(p.relative_to(old.folder))
-            in {n.replace(f"/{first.key}", "") for n in found.files}
-        ],
-    )
-    old.commit(found)
+    names = {name.replace(f"/{first.key}", "") for name in found.files}
+    old.commit(found, [old.folder / name for name in names])
     return old
 
 
@@ -418,7 +411,7 @@ def test_trials_that_cannot_be_scored_are_refused(
         command("lora.r=9", "eval.generations=2")
     trial, _ = packed(studied)
     shutil.rmtree(trial.adapter_dir)
-    with pytest.raises(StudyError, match=r"adapter.* is missing .*: this trial cannot be scored"):
+    with pytest.raises(StudyError, match=r"adapter.* is missing: this trial cannot be scored"):
         command("lora.r=2", "lora.variant=lora", "eval.generations=2")
     for each in StudyFolder(studied.folder, "s").trials():
         each.result_file.unlink()

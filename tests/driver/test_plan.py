@@ -259,9 +259,12 @@ def test_a_version_of_the_rendering_is_shown_where_nothing_else_decides_it() -> 
 def test_a_study_from_before_a_setting_is_widened_over_it(tmp_path: Path) -> None:
     (old,) = grid.plan(tmp_path, "lora.r=2").trials
     end(old)
+    result, _ = old.trial.read_result()
     written = yaml.safe_load(old.trial.config_file.read_text())
     del written["data"]["learn"], written["data"]["columns"]["group"]
     old.trial.config_file.write_text(yaml.safe_dump(written))
+    assert result is not None
+    old.trial.commit(result)
     plan = grid.plan(tmp_path, "lora.r=2", "data.learn=all,last")
     assert [planned.label for planned in plan.todo] == ["learn=last"]
     read = [trial.read_config() for trial in (old.trial,)] + [plan.todo[0].config]

@@ -13,7 +13,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from tinyllama_lab.study.files import no_link
+from tinyllama_lab.study.files import no_link, open_file
 from tinyllama_lab.study.trial import canonical_json
 
 Event = dict[str, Any]
@@ -52,7 +52,7 @@ class EventReader:
     def poll(self) -> list[Event]:
         """Return the new events, without a last line that is still being written."""
         try:
-            with self._path.open("rb") as file:
+            with open_file(self._path) as file:
                 file.seek(0, os.SEEK_END)
                 if file.tell() < self.offset:  # the file was replaced by a shorter one
                     self.offset = 0

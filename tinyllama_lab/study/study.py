@@ -188,7 +188,12 @@ class StudyFolder:
             return []
         # a folder without a configuration was cut off when it was created, or is a user's own
         trials = map(TrialFolder, sorted(self.trials_dir.iterdir()))
-        return [trial for trial in trials if trial.config_file.is_file()]
+        # with a result its configuration was lost, which whoever reads it says
+        return [
+            trial
+            for trial in trials
+            if trial.config_file.is_file() or os.path.lexists(trial.result_file)
+        ]
 
     def packs(self) -> list[Pack]:
         """Return the packs of the study, also those that an earlier command left behind."""

@@ -11,14 +11,11 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tinyllama_lab.errors import StudyError
-from tinyllama_lab.study.files import write_atomic
+from tinyllama_lab.study import integrity
+from tinyllama_lab.study.files import clear, read_file, read_yaml, write_atomic, yaml_text
+from tinyllama_lab.study.integrity import FileRecord
 
-# both are safe; libyaml is ten times faster, but ends the process where a long file nests deeply
-_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 SCIENCE = ("model", "data", "lora", "quant", "train", "eval", "seed")
 EVAL = "eval"  # how an adapter is evaluated; it does not change the adapter
 # Settings that later versions added, each at the value that keeps the behaviour from before. A
@@ -171,14 +168,9 @@ class Result:
     data: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
-    files: dict[str, int] = field(default_factory=dict)  # relative path -> size in bytes
+    files: dict[str, FileRecord] = field(default_factory=dict)  # by relative path
     # key of a trial's first evaluation; None if that is in `eval/` itself, as in earlier versions
     evaluation: str | None = None
-
-    def list_files(self, owner: ResultFolder, paths: Iterable[Path]) -> None:
-        """Record the size of each existing file, so that a lost or truncated one is noticed."""
-        existing = sorted(path for path in paths if path.is_file())
-        self.files = {str(p.relative_to(owner.folder)): p.stat().st_size for p in existing}
 
 
 @dataclass(frozen=True)
@@ -199,13 +191,23 @@ class ResultFolder:
     def result_file(self) -> Path:
         return self.folder / "result.json"
 
+    @property
+    def events_file(self) -> Path:
+        return self.folder / "events.jsonl"
+
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Create the folder with the configuration that its key was computed from."""
-        text = yaml.dump(dict(config), Dumper=_Dumper, sort_keys=False)
-        write_atomic(self.config_file, text)
+        write_atomic(self.config_file, yaml_text(dict(config)))
 
-    def commit(self, result: Result) -> None:
-        """Write the result, after all other files: it marks the trial or evaluation as ended."""
+    def commit(self, result: Result, files: Iterable[Path] = ()) -> None:
+        """Write the result, after all other files: it marks the trial or evaluation as ended.
+
+        Args:
+            result: what came out.
+            files: what it rests on, beside the configuration and the events.
+        """
+        paths = [self.config_file, *files]
+        result.files = integrity.record_files(self.folder, paths, [self.events_file])
         record = asdict(result)
         record["state"] = str(result.state)
         record["checksum"] = digest({k: v for k, v in record.items() if k != "checksum"})
@@ -214,7 +216,7 @@ class ResultFolder:
     def read_result(self) -> tuple[Result | None, str | None]:
         """Return the result, or None and why it is invalid (None if there is none)."""
         try:
-            text = self.result_file.read_text(encoding="utf-8")
+            text = read_file(self.result_file).decode()
         except FileNotFoundError:
             return None, None
         except (OSError, UnicodeDecodeError) as error:
@@ -227,11 +229,8 @@ class ResultFolder:
             result = Result(**{**record, "state": State(record["state"])})
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return None, f"{self.result_file} is damaged"
-        # sizes, not digests: reading every adapter of a study would make each plan slow
-        for name, size in result.files.items():
-            path = self.folder / name
-            if not path.is_file() or path.stat().st_size != size:
-                return None, f"{path} is missing or not the {size} bytes that the result names"
+        if why := integrity.problem(self.folder, result.files):
+            return None, why
         if result.key != self.key:  # for example copied by hand from another trial
             return None, f"{self.result_file} belongs to another trial ({result.key})"
         return result, None
@@ -260,8 +259,8 @@ class Evaluation(ResultFolder):
     def read_settings(self) -> dict[str, Any] | None:
         """Return the `eval` group of this evaluation; None if it cannot be read."""
         try:
-            loaded = _load_yaml(self.config_file)[EVAL]
-        except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError, RecursionError):
+            loaded = read_yaml(self.config_file)[EVAL]
+        except (OSError, ValueError, TypeError, KeyError):
             return None
         return _with_neutral({EVAL: loaded})[EVAL] if isinstance(loaded, dict) else None
 
@@ -273,10 +272,6 @@ class TrialFolder(ResultFolder):
     @property
     def name(self) -> str:
         return self.folder.name.rpartition("-")[0]
-
-    @property
-    def events_file(self) -> Path:
-        return self.folder / "events.jsonl"
 
     @property
     def checkpoint_dir(self) -> Path:
@@ -360,8 +355,8 @@ class TrialFolder(ResultFolder):
             StudyError: the file is damaged.
         """
         try:
-            loaded = _load_yaml(self.config_file)
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError):
+            loaded = read_yaml(self.config_file)
+        except (OSError, ValueError):
             loaded = None
         groups = loaded if isinstance(loaded, dict) else {}
         present = [name for name in SCIENCE[:-1] if isinstance(groups.get(name), dict)]
@@ -371,6 +366,14 @@ class TrialFolder(ResultFolder):
                 f"delete {self.folder} and run its command again"
             )
         return _with_neutral(groups)
+
+    def clear(self) -> None:
+        """Remove what stands in the place of the files and folders that a worker will write."""
+        files = (self.config_file, self.events_file, self.log_file, self.prune_file)
+        for file in (*files, self.result_file, self.loss_curve_file):
+            clear(file)
+        for folder in (self.adapter_dir, self.eval_dir, self.checkpoint_dir):
+            clear(folder, is_folder=True)
 
     def prune(self, reason: str) -> None:
         """Ask the worker that trains the trial to prune it.
@@ -382,14 +385,9 @@ class TrialFolder(ResultFolder):
     def prune_reason(self) -> str | None:
         """Return why the trial is to be pruned; None if it is not."""
         try:
-            return self.prune_file.read_text(encoding="utf-8").strip()
-        except FileNotFoundError:
+            return read_file(self.prune_file).decode(errors="replace").strip()
+        except OSError:
             return None
-
-
-def _load_yaml(path: Path) -> Any:
-    loader = _Loader if path.stat().st_size < 2**14 else yaml.SafeLoader
-    return loader(path.read_text(encoding="utf-8")).get_single_data()
 
 
 def _with_neutral(groups: dict[str, Any]) -> dict[str, Any]:

@@ -77,8 +77,7 @@ class Bases:
             if subject.error is not None:
                 self._fail(subject.trial, subject.error)
                 continue
-            subject.result.list_files(subject.trial, subject.trial.eval_dir.glob("*.jsonl"))
-            subject.trial.commit(subject.result)
+            subject.trial.commit(subject.result, subject.trial.eval_dir.glob("*.jsonl"))
             EventLog(subject.trial.events_file).append("state", state="done")
             self._results[subject.trial.folder] = subject.result
 

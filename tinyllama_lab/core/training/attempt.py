@@ -7,6 +7,7 @@ import shutil
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -69,6 +70,7 @@ class Attempt:
         self.result = Result(task.trial.key, task.trial.name, State.DONE)
         self.eval_result = Result(self.evaluation.key, task.trial.name, State.DONE)
         self._prepared: Prepared | None = None
+        self._files: list[Path] = []  # that the result rests on
         self._handler: logging.Handler | None = None
         self._losses: list[float] = []
         self._heldout: dict[int, float] = {}  # losses while it trained, by step
@@ -249,8 +251,7 @@ class Attempt:
             write_atomic(trial.card_file, card.text())
             # what only training can make; tokenizer and card can be written again, and edited
             adapter_files = (trial.adapter_config_file, trial.weights_file)
-            files = [*adapter_files, *eval_files, trial.loss_curve_file]
-            self.result.list_files(trial, files)
+            self._files = [*adapter_files, *eval_files, trial.loss_curve_file]
         self._end()
 
     def _write_evaluation(self) -> None:
@@ -260,9 +261,8 @@ class Attempt:
         result.model = self._context.model_facts(self.science.model)
         evaluation.write_config({EVAL: asdict(self.science.eval)})
         files = [f for f in evaluation.folder.glob("[!.]*") if f != evaluation.result_file]
-        result.list_files(evaluation, files)
         # last, because the result of an evaluation vouches for its other files
-        evaluation.commit(result)
+        evaluation.commit(result, files)
 
     def fail(self, error: Exception) -> None:
         """Write a result that says what went wrong."""
@@ -289,7 +289,7 @@ class Attempt:
             self._write_evaluation()
         else:
             result.metrics["perf/trial_seconds"] = self.seconds
-            trial.commit(result)
+            trial.commit(result, self._files)
         trial.prune_file.unlink(missing_ok=True)
         self.log.append("state", state=str(result.state))
         if result.state not in (State.OOM, State.FAILED):  # may be tried again

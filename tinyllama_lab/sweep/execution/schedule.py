@@ -127,11 +127,13 @@ class Scheduler:
             self._display.say(f"note: {why}; the base is scored again")
         # many trials share a base, whose configuration is written once
         if result is None and base not in self._bases:
+            base.clear()
             base.write_config(base_config(planned.config))
             self._bases.add(base)
         trial = planned.trial
         # a finished trial keeps its configuration, with the settings of its first evaluation
         if not trial.is_done:
+            trial.clear()
             trial.write_config(planned.config)
         if self._source is None or trial.result_file.exists():
             trial.prune_file.unlink(missing_ok=True)  # a search pruned it; now it is requested
