@@ -22,6 +22,7 @@ from tests.stream_worker import ProcessWorkers, StreamWorkers
 from tinyllama_lab.report import findings
 from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.sweep.search import ask_tell, sampling
+from tinyllama_lab.sweep.search.journal import Journal
 
 KILLS = 50
 STUCK = 30  # so many drivers in a row without an end: one of them is asked where it waits
@@ -77,9 +78,8 @@ def check_totals(root: Path) -> None:
     assert again.packs == [] and found.proposals == SETTINGS["n_trials"]
     assert sum(found.states.values()) == len(trials(root)) == SETTINGS["n_trials"]
     assert set(states(root)) <= {"done", "pruned"}
-    storage = optuna.storages.JournalStorage(
-        optuna.storages.journal.JournalFileBackend(str(StudyFolder(root, "s").optuna_file))
-    )
+    journal: Any = Journal(StudyFolder(root, "s"))
+    storage = optuna.storages.JournalStorage(journal)
     study = optuna.load_study(study_name="s", storage=storage)
     keys = Counter(t.user_attrs.get("key") for t in study.trials)
     assert set(keys) - {None} == {trial.key for trial in trials(root)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shlex
 import subprocess
@@ -55,13 +56,13 @@ def test_runs_of_a_deleted_database_are_made_anew(study: StudyFolder, workdir: P
     trial = make_trial(study)
     mirror(study, workdir, trial)
     runs = {name: run.info.run_id for name, run in runs_of(workdir, study).items()}
-    text = study.tracked_file.read_text()
+    text = json.dumps(study.read_record(study.tracked_file))
     for run_id in runs.values():  # what is remembered is now of runs that nobody knows
         text = text.replace(run_id, run_id[::-1])
     other = StudyFolder(study.root, f"{study.name}2")
     other.trials_dir.parent.mkdir()
     study.trials_dir.rename(other.trials_dir)
-    other.tracked_file.write_text(text)
+    other.write_record(other.tracked_file, json.loads(text))
     mirror(other, workdir, *other.trials())
     assert count_rows(workdir, other) == count_rows(workdir, study)
 
@@ -71,7 +72,8 @@ def test_deleted_database_file_is_noticed(
 ) -> None:
     results = mirror(study, workdir, make_trial(study))
     here, gone = (tracking_uri(TRACKING, folder) for folder in (workdir, tmp_path))
-    study.tracked_file.write_text(study.tracked_file.read_text().replace(here, gone))
+    record = study.read_record(study.tracked_file)
+    study.write_record(study.tracked_file, {**record, "uri": record["uri"].replace(here, gone)})
     assert not is_mirrored(study, TRACKING, tmp_path, results)
     (tmp_path / "mlruns").mkdir()
     (tmp_path / "mlruns" / "mlflow.db").touch()

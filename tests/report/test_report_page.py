@@ -539,7 +539,8 @@ def test_damaged_files_are_named_or_passed_over(tmp_path: Path) -> None:
     first.result_file.write_text("{")
     first_evaluation(second).per_example_file.write_text('{"loss": 1}\nnonsense')
     first_evaluation(third).per_example_file.unlink()
-    third.events_file.write_bytes(b"\x00\xff\n{}\n")
+    with third.events_file.open("ab") as file:
+        file.write(b"\x00\xff\n{}\n")
     first_evaluation(fourth).generations_file.write_bytes(
         b'\xff\xfe\n[]\n{"prompt": 1}\n{"prompt": "p", "reference": "\\ud800", "output": "'
         + b"x" * 100_000

@@ -19,7 +19,7 @@ from tinyllama_lab.study.trial import canonical_json
 Event = dict[str, Any]
 
 
-def _checksum(record: Event) -> int:
+def checksum(record: Event) -> int:
     """Return the CRC-32 of a record's canonical JSON."""
     return zlib.crc32(canonical_json(record).encode())
 
@@ -35,7 +35,7 @@ class EventLog:
     def append(self, kind: str, **fields: Any) -> None:
         """Append one event; `time` (seconds since 1970) and `crc` are added here."""
         record: Event = {"kind": kind, "time": time.time(), **fields}
-        record["crc"] = _checksum(record)
+        record["crc"] = checksum(record)
         with open(self._path, "ab", opener=no_link) as file:
             # JSON escapes line ends, so a record is always one line
             file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
@@ -68,7 +68,7 @@ class EventReader:
     def _parse(self, line: bytes) -> Event | None:
         try:
             record: Event = json.loads(line)
-            if record.pop("crc") == _checksum(record):
+            if record.pop("crc") == checksum(record):
                 return record
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             pass

@@ -38,15 +38,24 @@ def exists(text: str) -> bool:
         return False
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Replace a file so that a reader, or a crash, leaves the old or the new text, never a mix."""
+def write_atomic(path: Path, text: str, is_durable: bool = True) -> None:
+    """Replace a file so that a reader, or a crash, leaves the old or the new text, never a mix.
+
+    Args:
+        path: the file.
+        text: its content.
+        is_durable: whether to wait until it is on the disk, and survives a power cut.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     # next to the target, because a rename is atomic only within one file system; with a random
     # name, because several processes may write the same file
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")
-        publish(temporary, path)
+        if is_durable:
+            publish(temporary, path)
+        else:
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 

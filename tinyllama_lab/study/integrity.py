@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tinyllama_lab.study.files import open_file, read_file
+from tinyllama_lab.study.files import open_file, read_file, write_atomic
 
 MEMO = ".verified"
 GROWS = "grows"  # marks a file that is only appended to: what was written until then must stay
@@ -98,7 +98,5 @@ def _read_memo(folder: Path) -> dict[str, list[int] | None]:
 
 def _remember(folder: Path, signatures: Mapping[str, list[int] | None]) -> None:
     """Keep what was checked. It may get lost, and a study of others may be read-only."""
-    temporary = folder / f"{MEMO}.{os.getpid()}"
     with suppress(OSError):
-        temporary.write_text(json.dumps(signatures), encoding="utf-8")
-        temporary.replace(folder / MEMO)
+        write_atomic(folder / MEMO, json.dumps(signatures), is_durable=False)

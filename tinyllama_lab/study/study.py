@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from tinyllama_lab.errors import StudyError
-from tinyllama_lab.study.files import write_atomic, write_problem
+from tinyllama_lab.study.files import read_file, write_atomic, write_problem
 from tinyllama_lab.study.pack import Pack
-from tinyllama_lab.study.trial import TrialFolder, base_config, former_keys, trial_key
+from tinyllama_lab.study.trial import TrialFolder, base_config, digest, former_keys, trial_key
 
 # safe in every file system, shell and URL; no leading dot or dash, so no hidden file or option
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_CHECKSUM, _OWNER = "checksum", "owner"
 
 
 def safe_name(name: str, setting: str) -> str:
@@ -155,11 +156,40 @@ class StudyFolder:
         It tells this study from others of the same name on one tracking server or Optuna storage.
         """
         try:
-            return self.owner_file.read_text(encoding="utf-8")
+            return read_file(self.owner_file).decode(errors="replace")
         except FileNotFoundError:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomic(self.owner_file, uuid.uuid4().hex)
             return self.owner()  # read back: another process may have written its name since
+
+    def write_record(self, file: Path, record: Mapping[str, Any]) -> None:
+        """Write a file of this study as JSON, with a checksum and the name of its owner."""
+        sealed = {**record, _OWNER: self.owner()}
+        sealed[_CHECKSUM] = digest(sealed)
+        write_atomic(file, json.dumps(sealed, indent=1) + "\n")
+
+    def read_record(self, file: Path) -> dict[str, Any]:
+        """Return what `write_record` has written.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            StudyError: it is damaged, or of another study; the message says what to delete.
+        """
+        if not os.path.lexists(file):
+            raise FileNotFoundError(file)
+        try:
+            record: dict[str, Any] = json.loads(read_file(file))
+            if _OWNER not in record and _CHECKSUM not in record:  # of an earlier version
+                return record
+            owner = read_file(self.owner_file).decode()
+            if record.pop(_CHECKSUM) == digest(record) and record.pop(_OWNER) == owner:
+                return record
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            pass
+        raise StudyError(
+            f"{file} must be as this study wrote it, got a damaged file; delete it and run the "
+            "study's command again"
+        )
 
     def read_tuned(self) -> dict[str, Any]:
         """Return what is tuned in this study: `values`, `rungs`, and the `keys` of candidates.
@@ -171,12 +201,12 @@ class StudyFolder:
             StudyError: the file is damaged.
         """
         try:
-            record = json.loads(self.tuned_file.read_text(encoding="utf-8"))
+            record = self.read_record(self.tuned_file)
             lists = {name: list(record[name]) for name in ("rungs", "keys")}
             return {"values": dict(record["values"]), **lists}
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise StudyError(
                 f"{self.tuned_file} must hold what was tuned, got a damaged file; delete it "
                 "and run the study's command again"

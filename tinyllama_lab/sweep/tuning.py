@@ -8,7 +8,6 @@ the choice (`tinyllama_lab.report.analysis.cross_fit`).
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,6 @@ from typing import Any
 from tinyllama_lab.config.axes import flatten, show, words
 from tinyllama_lab.errors import StudyError
 from tinyllama_lab.study.events import Event, read_events
-from tinyllama_lab.study.files import write_atomic
 from tinyllama_lab.study.pack import StreamSettings
 from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.study.trial import Result, State, contest_key
@@ -174,8 +172,8 @@ def record(study: StudyFolder, tune: Tune, plan: Plan) -> None:
         )
     # candidates of earlier commands stay, in the order in which they were added
     keys = dict.fromkeys([*before.get("keys", []), *(p.trial.key for p in plan.trials)])
-    text = json.dumps({"values": values, "rungs": rungs, "keys": list(keys)}, indent=1)
-    write_atomic(study.tuned_file, text + "\n")
+    record = {"values": values, "rungs": rungs, "keys": list(keys)}
+    study.write_record(study.tuned_file, record)
 
 
 def _differ(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 
+from tinyllama_lab.errors import StudyError
 from tinyllama_lab.metrics import BITS_PER_BYTE, HELDOUT_LOSS
 from tinyllama_lab.study.study import StudyFolder
 
@@ -19,12 +19,21 @@ class Search:
 
 
 def read_search(study: StudyFolder) -> Search | None:
-    """Read the search of a study; None where there was none, or the file is damaged."""
+    """Read the search of a study; None where there was none.
+
+    Raises:
+        StudyError: the file is damaged; without its goals, another setting would be recommended.
+    """
     try:
-        record = json.loads(study.search_file.read_text(encoding="utf-8"))
+        record = study.read_record(study.search_file)
         texts = {name: [str(text) for text in record[name]] for name in ("lines", "command")}
-        losses = ([HELDOUT_LOSS], [BITS_PER_BYTE])
-        has_own_goals = record["objectives"] not in losses or bool(record["constraints"])
-        return Search(**texts, has_own_goals=has_own_goals)
-    except (OSError, ValueError, KeyError, TypeError):  # the page is complete without it
+    except FileNotFoundError:
         return None
+    except (KeyError, TypeError) as error:
+        raise StudyError(
+            f"{study.search_file} must hold the outcome of a search, got a damaged file; delete "
+            "it and run the search's command again"
+        ) from error
+    losses = ([HELDOUT_LOSS], [BITS_PER_BYTE])
+    objectives, constraints = record.get("objectives"), record.get("constraints")
+    return Search(**texts, has_own_goals=objectives not in losses or bool(constraints))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,7 +9,6 @@ from typing import Any
 
 from tinyllama_lab.config.axes import short_name
 from tinyllama_lab.metrics import BITS_PER_BYTE, HELDOUT_LOSS, MAXIMIZE
-from tinyllama_lab.study.files import write_atomic
 from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.sweep.search.candidates import Proposal
 from tinyllama_lab.sweep.search.goals import Goals
@@ -42,7 +40,7 @@ class Outcome:
     def write(self, study: StudyFolder, command: Sequence[str]) -> None:
         """Write `search.json` for the report; `command` holds the typed overrides."""
         record = {**asdict(self), "lines": self.lines(), "command": list(command)}
-        write_atomic(study.search_file, json.dumps(record, indent=2) + "\n")
+        study.write_record(study.search_file, record)
 
     @property
     def has_other_goals(self) -> bool:

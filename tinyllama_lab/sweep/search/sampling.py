@@ -14,17 +14,16 @@ import optuna
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from tinyllama_lab.errors import StudyError, shown, without_password
 from tinyllama_lab.metrics import MAXIMIZE, MINIMIZE
 from tinyllama_lab.report.analysis.importance import LEAST_TRIALS
-from tinyllama_lab.study.events import drop_cut_line
 from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.sweep.search.candidates import Proposal
 from tinyllama_lab.sweep.search.goals import Goals
+from tinyllama_lab.sweep.search.journal import Journal
 from tinyllama_lab.sweep.search.settings import NODE, SearchConfig
 from tinyllama_lab.sweep.search.space import Axis, Choice, Space, Value
 
@@ -293,18 +292,11 @@ def _pruner(settings: SearchConfig) -> BasePruner:
 
 
 def _open_storage(study: StudyFolder, url: str | None) -> BaseStorage | str:
-    """Return the storage: a URL, or a journal in the study's folder.
-
-    The journal is repaired after a crash. That is safe, because the lock of the study leaves
-    this driver as its only writer.
-    """
+    """Return the storage: a URL, or a journal in the study's folder."""
     if url is not None:
         return url
-    # a killed process may have left a half-written line, and the lock of Optuna's backend
-    file = study.optuna_file
-    drop_cut_line(file)
-    study.optuna_lock_file.unlink(missing_ok=True)
-    return JournalStorage(JournalFileBackend(str(file)))
+    journal: Any = Journal(study)
+    return JournalStorage(journal)
 
 
 class Halving:

@@ -91,7 +91,7 @@ class Mirror(Tracker):
 
     def __init__(self, study: StudyFolder, uri: str, store: Store) -> None:
         self._study, self._uri, self._store = study, uri, store
-        self._tracked = Tracked.read(study.tracked_file, uri)
+        self._tracked = Tracked.read(study, uri)
         self._followed: dict[str, FollowedTrial] = {}
         self._is_connected = self._is_down = self._has_warned = False
         self._pause_s = self._retry_at = self._saved_at = 0.0
@@ -212,5 +212,5 @@ class Mirror(Tracker):
         self._save()
 
     def _save(self) -> None:
-        self._tracked.write(self._study.tracked_file)
+        self._tracked.write(self._study)
         self._saved_at = time.monotonic()

@@ -19,7 +19,6 @@ from tinyllama_lab.errors import StudyError, without_password
 from tinyllama_lab.study.evaluations import read_shown
 from tinyllama_lab.study.events import Event, read_events
 from tinyllama_lab.study.exports import ExportRow, Exports
-from tinyllama_lab.study.files import write_atomic
 from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.study.trial import Result, TrialFolder, canonical_json, cell_key, digest
 from tinyllama_lab.sweep.tracking.view import DESCRIPTION, page, trial_description
@@ -58,28 +57,28 @@ class Tracked:
     trials: dict[str, Entry] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, file: Path, uri: str) -> Tracked:
-        """Read the file; return an empty state if it is missing, damaged or of another server."""
+    def read(cls, study: StudyFolder, uri: str) -> Tracked:
+        """Read the file of a study; empty if it is missing, damaged or of another server."""
         # the file must not hold a password
         shown = without_password(uri)
         try:
-            raw = json.loads(file.read_text(encoding="utf-8"))
+            raw = study.read_record(study.tracked_file)
             trials = {key: Entry(**entry) for key, entry in raw.pop("trials").items()}
             tracked = cls(**raw, trials=trials)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        except (OSError, StudyError, TypeError, KeyError, AttributeError):
             return cls(shown)
         return tracked if tracked.uri == shown else cls(shown)
 
-    def write(self, file: Path) -> None:
+    def write(self, study: StudyFolder) -> None:
         """Replace the file. Its offsets never exceed what was synced."""
-        write_atomic(file, json.dumps(asdict(self), indent=1) + "\n")
+        study.write_record(study.tracked_file, asdict(self))
 
 
 def recorded_uri(study: StudyFolder) -> str | None:
     """Return the address that the runs of a study were sent to, without its password."""
     try:
-        return str(json.loads(study.tracked_file.read_text(encoding="utf-8"))["uri"])
-    except (OSError, ValueError, TypeError, KeyError):
+        return str(study.read_record(study.tracked_file)["uri"])
+    except (OSError, StudyError, KeyError):
         return None
 
 
@@ -148,7 +147,7 @@ def is_mirrored(
     database = sqlite_file(uri)
     if database is not None and not database.is_file():  # deleted, or never created
         return False
-    tracked = Tracked.read(study.tracked_file, uri)
+    tracked = Tracked.read(study, uri)
     return tracked.closed and all(
         (entry := tracked.trials.get(key)) is not None
         and entry.result == result_digest(study.trial_at(entry.folder), result)
@@ -161,7 +160,7 @@ def view_hint(study: StudyFolder, tracking: TrackingConfig, workdir: Path) -> st
     if not tracking.enabled:
         return ""
     uri = tracking_uri(tracking, workdir)
-    tracked = Tracked.read(study.tracked_file, uri)
+    tracked = Tracked.read(study, uri)
     path = page(tracked.experiment_id, tracked.has_view)
     if not uri.startswith("sqlite"):
         return f"runs: {without_password(uri)}{path}"

@@ -1,0 +1,78 @@
+"""The log of a search, which Optuna reads and appends to.
+
+It has the format of Optuna's own file backend, so that its dashboard opens it, and beyond it a
+number and a checksum in every line. Optuna would read a changed digit as another proposal, and go
+on from it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from tinyllama_lab.errors import StudyError
+from tinyllama_lab.study.events import checksum, drop_cut_line
+from tinyllama_lab.study.files import no_link, open_file
+from tinyllama_lab.study.study import StudyFolder
+
+_NUMBER, _CHECKSUM = "number", "crc"
+
+
+class Journal:
+    """A journal backend of Optuna; the lock of the study leaves one driver as its writer."""
+
+    def __init__(self, study: StudyFolder) -> None:
+        """Open the log, and remove a line that a killed driver has cut off.
+
+        Raises:
+            StudyError: the log is damaged.
+        """
+        self._file = study.optuna_file
+        study.optuna_lock_file.unlink(missing_ok=True)  # of Optuna's backend, in earlier versions
+        study.folder.mkdir(parents=True, exist_ok=True)
+        drop_cut_line(self._file)
+        self._logs: list[dict[str, Any]] = []
+        self._is_numbered = False  # whether the last line is
+        if self._file.exists():
+            with open_file(self._file) as file:
+                for line in file:
+                    self._logs.append(self._parse(line))
+
+    def read_logs(self, log_number_from: int) -> list[dict[str, Any]]:
+        """Return the operations from a number on."""
+        return self._logs[log_number_from:]
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Append operations, and wait until they are on the disk."""
+        with open(self._file, "ab", opener=no_link) as file:
+            for number, log in enumerate(logs, start=len(self._logs)):
+                numbered = {**log, _NUMBER: number}
+                line = json.dumps({**numbered, _CHECKSUM: checksum(numbered)})
+                file.write(line.encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self._logs += json.loads(json.dumps(logs))  # as they will be read
+
+    def _parse(self, line: bytes) -> dict[str, Any]:
+        """Return the operation in the next line.
+
+        Raises:
+            StudyError: it was changed, or stood elsewhere.
+        """
+        try:
+            log: dict[str, Any] = json.loads(line)
+            known = log.pop(_CHECKSUM, None)
+            # lines of earlier versions have neither, and come first
+            is_earlier = known is None and not self._is_numbered and _NUMBER not in log
+            is_whole = known == checksum(log) and log.pop(_NUMBER) == len(self._logs)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            is_earlier = is_whole = False
+        if not (is_earlier or is_whole):
+            raise StudyError(
+                f"{self._file} must be the log of this search, got a damaged line "
+                f"{len(self._logs) + 1}; delete it and run the search's command again, which "
+                "takes the results of its trials"
+            )
+        self._is_numbered = is_whole
+        return log
