@@ -88,8 +88,10 @@ class MergedEvaluations:
         return any(part.evaluation in folders for part in self.parts)
 
     def _file(self, name: str) -> Path:
-        """Return a file of the last evaluation that has it."""
-        folders = [part.evaluation for part in self.parts] or [Evaluation(self.trial.eval_dir)]
+        """Return a file of the last evaluation that has it; without any, a file that is none."""
+        # what an evaluation without a valid result has left is unchecked, and never read
+        none = Evaluation(self.trial.eval_dir / "none")
+        folders = [part.evaluation for part in self.parts] or [none]
         files: list[Path] = [getattr(folder, name) for folder in reversed(folders)]
         return next((file for file in files if file.is_file()), files[0])
 

@@ -58,7 +58,7 @@ class EventReader:
                     self.offset = 0
                 file.seek(self.offset)
                 block = file.read()
-        except FileNotFoundError:
+        except OSError:  # there is none yet, or a folder; a result says what is wrong with it
             return []
         whole = block[: block.rfind(b"\n") + 1]  # empty if no line has ended yet
         self.offset += len(whole)

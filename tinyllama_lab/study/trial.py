@@ -359,8 +359,10 @@ class TrialFolder(ResultFolder):
         except (OSError, ValueError):
             loaded = None
         groups = loaded if isinstance(loaded, dict) else {}
-        present = [name for name in SCIENCE[:-1] if isinstance(groups.get(name), dict)]
-        if not {*present, "lora"}.issuperset(SCIENCE[:-1]):  # a base has no adapter
+        present = {name for name in SCIENCE[:-1] if isinstance(groups.get(name), dict)}
+        if "lora" in groups and groups["lora"] is None:  # a base has no adapter
+            present.add("lora")
+        if not {*present, *groups.keys() & {"seed"}}.issuperset(SCIENCE):
             raise StudyError(
                 f"{self.config_file} must hold a trial's configuration, got a damaged file; "
                 f"delete {self.folder} and run its command again"

@@ -8,6 +8,8 @@ from tinyllama_lab.errors import StudyError
 from tinyllama_lab.metrics import BITS_PER_BYTE, HELDOUT_LOSS
 from tinyllama_lab.study.study import StudyFolder
 
+NOT_ENDED = "the search has not ended, or its outcome was lost: run its command again"
+
 
 @dataclass(frozen=True)
 class Search:
@@ -28,7 +30,8 @@ def read_search(study: StudyFolder) -> Search | None:
         record = study.read_record(study.search_file)
         texts = {name: [str(text) for text in record[name]] for name in ("lines", "command")}
     except FileNotFoundError:
-        return None
+        # until a search has ended, nobody knows its goals
+        return Search([NOT_ENDED], has_own_goals=True) if study.optuna_file.exists() else None
     except (KeyError, TypeError) as error:
         raise StudyError(
             f"{study.search_file} must hold the outcome of a search, got a damaged file; delete "

@@ -16,7 +16,23 @@ from tinyllama_lab.study.events import checksum, drop_cut_line
 from tinyllama_lab.study.files import no_link, open_file
 from tinyllama_lab.study.study import StudyFolder
 
+LOG_LINES = "log_lines"  # in `search.json`
 _NUMBER, _CHECKSUM = "number", "crc"
+
+
+def count_lines(study: StudyFolder) -> int:
+    """Return how many lines the log of a search has; 0 if it is in another storage."""
+    if not study.optuna_file.is_file():
+        return 0
+    return study.optuna_file.read_bytes().count(b"\n")
+
+
+def _least_lines(study: StudyFolder) -> int:
+    """Return how many lines the log had when a search last ended."""
+    try:
+        return int(study.read_record(study.search_file).get(LOG_LINES, 0))
+    except (FileNotFoundError, StudyError):  # the report names a damaged file
+        return 0
 
 
 class Journal:
@@ -31,13 +47,19 @@ class Journal:
         self._file = study.optuna_file
         study.optuna_lock_file.unlink(missing_ok=True)  # of Optuna's backend, in earlier versions
         study.folder.mkdir(parents=True, exist_ok=True)
-        drop_cut_line(self._file)
         self._logs: list[dict[str, Any]] = []
         self._is_numbered = False  # whether the last line is
-        if self._file.exists():
+        if not os.path.lexists(self._file):
+            return  # of a new search, or deleted: then the trials' results are taken
+        try:
             with open_file(self._file) as file:
+                drop_cut_line(self._file)
                 for line in file:
                     self._logs.append(self._parse(line))
+        except OSError as error:
+            raise self._damaged(str(error)) from error
+        if len(self._logs) < (least := _least_lines(study)):
+            raise self._damaged(f"{len(self._logs)} of at least {least} lines")
 
     def read_logs(self, log_number_from: int) -> list[dict[str, Any]]:
         """Return the operations from a number on."""
@@ -69,10 +91,12 @@ class Journal:
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             is_earlier = is_whole = False
         if not (is_earlier or is_whole):
-            raise StudyError(
-                f"{self._file} must be the log of this search, got a damaged line "
-                f"{len(self._logs) + 1}; delete it and run the search's command again, which "
-                "takes the results of its trials"
-            )
+            raise self._damaged(f"a damaged line {len(self._logs) + 1}")
         self._is_numbered = is_whole
         return log
+
+    def _damaged(self, what: str) -> StudyError:
+        return StudyError(
+            f"{self._file} must be the log of this search, got {what}; delete it and run the "
+            "search's command again, which takes the results of its trials"
+        )

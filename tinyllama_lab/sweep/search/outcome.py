@@ -12,6 +12,7 @@ from tinyllama_lab.metrics import BITS_PER_BYTE, HELDOUT_LOSS, MAXIMIZE
 from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.sweep.search.candidates import Proposal
 from tinyllama_lab.sweep.search.goals import Goals
+from tinyllama_lab.sweep.search.journal import LOG_LINES, count_lines
 from tinyllama_lab.sweep.search.space import Space
 
 
@@ -40,6 +41,7 @@ class Outcome:
     def write(self, study: StudyFolder, command: Sequence[str]) -> None:
         """Write `search.json` for the report; `command` holds the typed overrides."""
         record = {**asdict(self), "lines": self.lines(), "command": list(command)}
+        record[LOG_LINES] = count_lines(study)
         study.write_record(study.search_file, record)
 
     @property
