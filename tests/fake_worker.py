@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -214,6 +215,7 @@ def main() -> int:
         with pack.locked():
             for _ in act(pack, json.loads(os.environ["FAKE_FAULTS"]), Counter()):
                 pack.beat()
+                time.sleep(float(os.environ.get("FAKE_PAUSE_S", "0")))
     except Ended as end:
         print(f"ends with {end.code}", file=sys.stderr, flush=True)
         if end.code < 0:

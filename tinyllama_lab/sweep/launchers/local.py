@@ -21,6 +21,7 @@ from tinyllama_lab.sweep.settings.profile import has_cuda
 
 # the folder that holds the package, in a checkout or in site-packages
 _ROOT = Path(__file__).parents[3]
+PROGRAM = ("-m", "tinyllama_lab.core.worker")  # by name: the driver must not import it
 KILLED_WITHIN_S = 5.0  # time for SIGKILL to take effect on a busy machine
 
 
@@ -151,7 +152,7 @@ def _start(
 ) -> subprocess.Popen[bytes]:
     lifeline.open()  # first, so that no worker lives without it
     process = subprocess.Popen(
-        [sys.executable, "-m", "tinyllama_lab.core.worker", *arguments],
+        [sys.executable, *PROGRAM, *arguments],
         stdin=stdin,
         stdout=output,
         stderr=output,
