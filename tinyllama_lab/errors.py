@@ -126,15 +126,21 @@ _IN_THE_WAY = (
     errno.ENOTDIR,
     errno.ENAMETOOLONG,
     errno.ELOOP,
+    errno.EIO,
+    errno.ESTALE,
+    errno.EINVAL,
 )
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, a quota, or the limit of a file
+_NO_HANDLES = (errno.EMFILE, errno.ENFILE)
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Return whether a write failed because the disk is full.
+    """Return whether a write failed because the disk, a quota or a file is full.
 
     safetensors raises an error without `errno`, so its message is compared.
     """
-    return getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+    texts = (f"os error {number}" for number in _FULL)
+    return getattr(error, "errno", None) in _FULL or any(text in str(error) for text in texts)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -188,6 +194,11 @@ def user_errors() -> Iterator[None]:
     except OSError as error:
         if is_disk_full(error):
             text = f"the disk is full ({error}); free some space and run the same command again"
+        elif error.errno in _NO_HANDLES:
+            text = (
+                f"too many files are open at the same time ({error}); raise the limit with "
+                "ulimit -n 1024 and run the same command again"
+            )
         elif error.errno in _IN_THE_WAY and error.filename:
             text = (
                 f"{error.filename} cannot be used ({error.strerror}); correct that, or choose "

@@ -10,7 +10,7 @@ import stat
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,6 +22,7 @@ from tinyllama_lab.metrics import MIB
 # both are safe; libyaml is ten times faster, but ends the process where a long file nests deeply
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+TEMPORARY = ".*.tmp"  # names of what is not complete yet
 SHARED_BYTES = 2**16  # smaller files are not worth a link, and people may edit them
 
 
@@ -110,6 +111,15 @@ def clear(path: Path, is_folder: bool = False) -> None:
         shutil.rmtree(path)
     elif not (stat.S_ISDIR(mode) or (stat.S_ISREG(mode) and not is_folder)):
         path.unlink()
+
+
+def remove_temporaries(paths: Iterable[Path]) -> None:
+    """Remove what killed processes have left half written."""
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def no_link(path: str, flags: int) -> int:

@@ -13,7 +13,15 @@ from typing import Any
 
 from tinyllama_lab.errors import StudyError
 from tinyllama_lab.study import integrity
-from tinyllama_lab.study.files import clear, read_file, read_yaml, write_atomic, yaml_text
+from tinyllama_lab.study.files import (
+    TEMPORARY,
+    clear,
+    read_file,
+    read_yaml,
+    remove_temporaries,
+    write_atomic,
+    yaml_text,
+)
 from tinyllama_lab.study.integrity import FileRecord
 
 SCIENCE = ("model", "data", "lora", "quant", "train", "eval", "seed")
@@ -376,6 +384,7 @@ class TrialFolder(ResultFolder):
             clear(file)
         for folder in (self.adapter_dir, self.eval_dir, self.checkpoint_dir):
             clear(folder, is_folder=True)
+        remove_temporaries(self.folder.rglob(TEMPORARY))
 
     def prune(self, reason: str) -> None:
         """Ask the worker that trains the trial to prune it.

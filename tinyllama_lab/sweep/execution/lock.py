@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from tinyllama_lab.errors import StudyError
-from tinyllama_lab.study.files import no_link, write_atomic
+from tinyllama_lab.study.files import TEMPORARY, no_link, remove_temporaries, write_atomic
 from tinyllama_lab.study.study import StudyFolder
 
 KILLED_WITHIN_S = 2.0  # time for SIGKILL to take effect on a busy machine
@@ -40,6 +40,7 @@ def locked(study: StudyFolder) -> Iterator[None]:
         owner = {"pid": os.getpid(), "host": socket.gethostname()}
         write_atomic(study.driver_file, json.dumps(owner))
         _end_orphans(study)
+        remove_temporaries(study.folder.glob(TEMPORARY))
         yield
 
 
