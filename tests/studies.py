@@ -39,6 +39,22 @@ ENVIRONMENT = {
     "memory_basis": "resident set",
 }
 
+# twelve settings that a random search draws from: lists of values, or a range of a logarithm
+SEARCHED: dict[str, list[Any] | tuple[float, float]] = {
+    "lora.r": [4, 8, 16, 32],
+    "lora.targets": ["attention_qv", "attention", "all_linear"],
+    "lora.variant": ["lora", "dora", "rslora"],
+    "lora.init": ["default", "gaussian"],
+    "lora.dropout": [0.0, 0.05, 0.1],
+    "lora.layers": ["all", "last_8", [16, 17, 18, 19, 20, 21]],
+    "data.n": [250, 500, 1000],
+    "quant.kind": ["none", "nf4"],
+    "train.lr": (5e-5, 2e-3),
+    "train.epochs": [1, 2, 3],
+    "train.batch_size": [4, 8, 16],
+    "train.optimizer": ["adamw", "adamw_8bit"],
+}
+
 
 def rank_and_rows(values: Values) -> float:
     """An effect: more rows help much, a higher rank a little, the precision hardly."""
@@ -53,7 +69,7 @@ def every_done(values: Values) -> State | None:
 
 def simulated_study(
     root: Path,
-    keys: Mapping[str, Sequence[Any]],
+    keys: Mapping[str, Sequence[Any]] | Sequence[Values],
     seeds: Sequence[int] = (0, 1, 2),
     effect: Effect = rank_and_rows,
     examples: int = 64,
@@ -71,7 +87,8 @@ def simulated_study(
 
     Args:
         root: the folder of studies.
-        keys: swept keys and their values, for example `{"lora.r": [4, 8]}`; no seeds.
+        keys: swept keys and their values, for example `{"lora.r": [4, 8]}`; no seeds. Or, as of a
+            search, the combinations themselves.
         seeds: every combination is written once for each.
         effect: the true mean loss a token under some swept values.
         examples: held-out examples; the same in every trial.
@@ -91,10 +108,11 @@ def simulated_study(
     generator = np.random.default_rng(0)
     tokens = generator.integers(20, 60, examples)
     hardness = generator.normal(0, 0.4, examples)
-    swept = [*keys, *(["seed"] if len(seeds) > 1 else [])]
+    combinations = _grid(keys) if isinstance(keys, Mapping) else keys
+    swept = [*combinations[0], *(["seed"] if len(seeds) > 1 else [])]
     planned = []
-    for *chosen, seed in product(*keys.values(), seeds):
-        values = dict(zip(keys, chosen, strict=True)) | {"seed": seed}
+    for combination, seed in product(combinations, seeds):
+        values = {**combination, "seed": seed}
         config = configured(plain, values)
         # like a plan, before any folder is written: each new folder makes the next look-up slow
         planned.append((values, config, study.trial(config, folder_name(config, swept))))
@@ -106,6 +124,24 @@ def simulated_study(
         if with_base:
             write_base(study, config, tokens * np.maximum(0.05, 3.5 + hardness), tokens, prompts)
     return study
+
+
+def searched_values(trials: int) -> list[Values]:
+    """Return what a random search of twelve settings could have drawn, the same at every call."""
+    generator = np.random.default_rng(0)
+    return [
+        {
+            key: values[generator.integers(len(values))]
+            if isinstance(values, list)
+            else float(np.exp(generator.uniform(*np.log(values))))
+            for key, values in SEARCHED.items()
+        }
+        for _ in range(trials)
+    ]
+
+
+def _grid(keys: Mapping[str, Sequence[Any]]) -> list[Values]:
+    return [dict(zip(keys, chosen, strict=True)) for chosen in product(*keys.values())]
 
 
 def configured(plain: Mapping[str, Any], values: Values) -> dict[str, Any]:

@@ -485,9 +485,9 @@ def test_only_what_new_rows_show_is_said_and_decides(
     overturns: bool,
 ) -> None:
     """A is recommended, B the rival, which may be cheaper; the interval is that of A minus B."""
-    a: Any = SimpleNamespace(label="A", is_best=claim != "close", is_within_margin=True)
+    a: Any = SimpleNamespace(beside=lambda _: "A", is_best=claim != "close", is_within_margin=True)
     p_worse = 0.0 if claim == "better" else 1.0
-    b: Any = SimpleNamespace(label="B", is_best=claim == "close", p_worse=p_worse)
+    b: Any = SimpleNamespace(beside=lambda _: "B", is_best=claim == "close", p_worse=p_worse)
     estimate: Any = SimpleNamespace(interval=lambda: interval, difference=sum(interval) / 2)
     rival = RivalResult(RivalPair(a, b, is_cheaper), [], estimate)
     assert rival.outcome(0.02, "0.02").startswith(said)

@@ -58,7 +58,7 @@ def said(rows: list[TrialRow]) -> tuple[list[str], str]:
 
 def table(rows: list[TrialRow]) -> str:
     text = io.StringIO()
-    print_table(rows, Console(file=text, width=200))
+    print_table(rows, Console(file=text, width=200), StudyFolder(Path("sweeps"), "s"))
     return text.getvalue()
 
 

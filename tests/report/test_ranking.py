@@ -279,7 +279,7 @@ def test_an_escape_in_a_value_does_not_reach_the_terminal(tmp_path: Path) -> Non
     study = simulated_study(tmp_path, keys, seeds=(0,), steps=0)
     assert "\x1b" not in printed(study)
     rows, text = read_study(study), io.StringIO()
-    print_table(rows.trials, Console(file=text, width=200))
+    print_table(rows.trials, Console(file=text, width=200), study)
     write_table(study, rows)
     table = study.table_file.read_text()
     assert "\x1b" not in text.getvalue() + table and "&lt;b>" in table

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import pytest
 from rich.console import Console
 
 from tests import grid
-from tests.studies import simulated_study, write_generations
+from tests.studies import searched_values, simulated_study, write_generations
 from tinyllama_lab.errors import ConfigError, StudyError
 from tinyllama_lab.report.__main__ import main
+from tinyllama_lab.report.analysis.importance import by_importance
 from tinyllama_lab.report.analysis.trial_rows import TrialRow, read_study
 from tinyllama_lab.report.page.written import read_written
 from tinyllama_lab.report.table import columns, print_table, write_table
@@ -22,6 +24,7 @@ from tinyllama_lab.study.trial import Result, State, TrialFolder, base_config, f
 from tinyllama_lab.sweep.plan import Plan, Planned
 
 AXIS = "lora.r=2,4,16"
+LEGEND = "* lowest held-out loss of this table"
 
 
 def end(planned: Planned, loss: float | None, state: State = State.DONE, **data: Any) -> None:
@@ -63,7 +66,7 @@ def table(study: StudyFolder) -> list[list[str]]:
 
 def printed(rows: list[TrialRow]) -> str:
     text = io.StringIO()
-    print_table(rows, Console(file=text, width=160))
+    print_table(rows, Console(file=text, width=160), StudyFolder(Path("sweeps"), "s"))
     return text.getvalue()
 
 
@@ -108,7 +111,7 @@ def test_the_terminal_shows_the_same_cells(plan: Plan) -> None:
     text = printed(rows)
     for row in rows:
         assert all(cell(row) in text for _, cell in columns(rows))
-    assert "* lowest held-out loss of this table" in text
+    assert LEGEND in text
     assert printed([]) == ""
 
 
@@ -222,6 +225,71 @@ def test_a_damaged_configuration_is_named(plan: Plan, text: str) -> None:
     plan.trials[0].trial.config_file.write_text(text)
     with pytest.raises(StudyError, match="config.yaml"):
         read_study(plan.study)
+
+
+# ---- many settings on a terminal -----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> StudyFolder:
+    """Return a study with twelve swept settings, as a random search leaves it."""
+    values = searched_values(16)
+    assert len(values[0]) == 12
+    return simulated_study(tmp_path_factory.mktemp("wide"), values, seeds=(0,), steps=0)
+
+
+def on_terminal(study: StudyFolder, width: int) -> str:
+    """Return the table as a terminal of this width shows it, without its colours."""
+    text = io.StringIO()
+    console = Console(file=text, width=width, force_terminal=True, color_system=None)
+    print_table(read_study(study).trials, console, study)
+    return text.getvalue()
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_a_narrow_table_leaves_out_columns_and_cuts_no_cell(wide: StudyFolder, width: int) -> None:
+    rows, text = read_study(wide).trials, on_terminal(wide, width)
+    table, _, below = text.partition(LEGEND)
+    assert all(len(line) <= width for line in text.splitlines()) and "…" not in text
+    note = " ".join(below.split())  # the terminal wraps it
+    left_out = note.partition("for lack of width: ")[2].partition(";")[0].split(", ")
+    assert note.endswith("experiment_table.md has all columns") and len(left_out) > 1
+    shown = [(head, cell) for head, cell in columns(rows) if head not in left_out]
+    assert len(shown) + len(left_out) == len(columns(rows))
+    assert {"state", "eval loss"} <= {head for head, _ in shown}
+    cells = {line.strip() for line in table.replace("  ", "\n").splitlines()}
+    for head, cell in shown:
+        assert {*head.split(), *map(cell, rows)} <= cells
+
+
+def test_settings_that_matter_stay_and_costs_go_first(wide: StudyFolder) -> None:
+    """The loss of the study depends on the rows most of all, and not on the initialisation."""
+    narrow = on_terminal(wide, 60).partition(LEGEND)[0]
+    assert " n " in narrow and " r " in narrow and "init" not in narrow and "min" not in narrow
+
+
+def test_a_table_that_fits_and_a_table_in_a_file_are_whole(wide: StudyFolder) -> None:
+    rows, text = read_study(wide).trials, io.StringIO()
+    print_table(rows, Console(file=text, width=60), wide)
+    for table in (text.getvalue(), on_terminal(wide, 400)):
+        assert "not shown" not in table
+        for head, cell in columns(rows):
+            assert all(text in table for text in (head, *map(cell, rows)))
+
+
+def test_settings_with_one_value_in_a_table_go_first(wide: StudyFolder) -> None:
+    """As in a confirmation, where two settings may differ in a few keys only."""
+    row, *_ = [row for row in read_study(wide).trials if not row.is_base]
+    other = replace(row, swept={**row.swept, "lora.variant": "another"})
+    assert by_importance([row, other])[0] == "lora.variant"
+
+
+def test_long_values_go_on_in_the_next_line(tmp_path: Path) -> None:
+    targets = [["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]]
+    study = simulated_study(tmp_path, {"lora.targets": targets}, seeds=(0,), steps=0)
+    text = on_terminal(study, 50)
+    assert all(len(line) <= 50 for line in text.splitlines()) and "…" not in text
+    assert "gate_proj+up_proj+down_p" in text and "roj" in text.split()
 
 
 # ---- the command ---------------------------------------------------------------------------

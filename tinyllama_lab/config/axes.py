@@ -220,15 +220,20 @@ def shortened(text: str, limit: int) -> str:
     return (line if len(line) <= room else f"{line[:half]}…{line[half + 1 - room :]}") + mark
 
 
-def setting_label(key: str, value: Any) -> str:
+def setting_label(key: str, value: Any, limit: int = LONGEST_VALUE) -> str:
     """Return a setting and its value for people: `r=8`."""
-    return f"{short_name(key)}={show(value)}"
+    return f"{short_name(key)}={shortened(spelled(value), limit)}"
+
+
+def setting_labels(values: Mapping[str, Any], limit: int = LONGEST_VALUE) -> list[str]:
+    """Return `setting_label` of each setting that a trial with these values has."""
+    has = (pair for pair in values.items() if _has_setting(values, pair[0]))
+    return [setting_label(key, value, limit) for key, value in has]
 
 
 def words(values: Mapping[str, Any]) -> str:
     """Return settings and values for people: `r=8 n=1500`."""
-    labels = (setting_label(*pair) for pair in values.items() if _has_setting(values, pair[0]))
-    return shortened(" ".join(labels), LONGEST_LABEL)
+    return shortened(" ".join(setting_labels(values)), LONGEST_LABEL)
 
 
 def label(settings: dict[str, Any], swept: Sequence[str]) -> str:

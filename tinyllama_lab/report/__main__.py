@@ -90,8 +90,8 @@ def main(arguments: list[str]) -> None:
         raise StudyError(f"{problem}; move it away, or copy the study and set sweeps_dir=<copy>")
     analysis = Analysis(rows, settings)
     write_table(study, rows)
-    print_table(rows.trials, console)
-    print_confirmation(rows.confirmation, console)
+    print_table(rows.trials, console, study)
+    print_confirmation(rows.confirmation, console, study)
     # not wrapped, so that a command or a path can be copied as one line
     for text in failures([*rows.trials, *rows.confirmation]):
         console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -128,7 +128,7 @@ def _forgetting(cells: Sequence[RankedCell]) -> Iterator[str]:
     if not known:
         return
     losses = [
-        f"{cell.label}: {NATS.change(lost.difference)} ({between(*lost.interval())})"
+        f"{cell.beside(ordered[0])}: {NATS.change(lost.difference)} ({between(*lost.interval())})"
         for cell, lost in known[:MOST_NAMED]
     ]
     runs = "" if known[0][1].seeds > 1 else " over other passages, not over other runs"

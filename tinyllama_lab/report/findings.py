@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -27,7 +28,7 @@ from tinyllama_lab.report.analysis.contrasts import (
 )
 from tinyllama_lab.report.analysis.costs import SAME_COST
 from tinyllama_lab.report.analysis.measure import Measure, between, way
-from tinyllama_lab.report.analysis.ranking import RankedCell
+from tinyllama_lab.report.analysis.ranking import MOST_IN_FULL, RankedCell, chosen_of
 from tinyllama_lab.report.analysis.recommendation import CellRecommendation
 from tinyllama_lab.report.analysis.statistics import Estimate
 from tinyllama_lab.report.analysis.text_scores import shown_on_terminal
@@ -40,12 +41,18 @@ _INTERVAL = (
     "95 % interval: what other rows and other seeds could have shown as well; where it reaches "
     "from lower to higher, chance alone may be the reason for the difference."
 )
+_SHORTENED = (
+    "A value that ends with ~ and six characters is shortened; the page lists it in full, and so "
+    "does config.yaml of its trials."
+)
 _MOST_SHOWN = 12  # findings on a terminal; the page has all
 
 
 def explained(recommended: CellRecommendation, measure: Measure) -> list[str]:
     """Return the details below the recommendation, and explanations of its units for newcomers."""
-    words = [measure.explained, *([_INTERVAL] if len(recommended.cells) > 1 else [])]
+    chosen = chosen_of(recommended.cells)
+    words = [_SHORTENED] if chosen and chosen.is_shortened else []
+    words += [measure.explained, *([_INTERVAL] if len(recommended.cells) > 1 else [])]
     return [*recommended.advice.details, *words]
 
 
@@ -75,10 +82,17 @@ def findings(
             sentences.append(finding(effect, margin, comparisons=count))
             continue
         name = effect.key, show(effect.first), show(effect.second)
-        others = words({key: swept[key] for key in comparison.keys if key != effect.key})
+        others = _other_values(swept, [key for key in comparison.keys if key != effect.key])
         at_recommended = _at_recommended(here[name], others) if name in here else ""
         sentences.append(finding(effect, margin, at_recommended, count))
     return sentences
+
+
+def _other_values(swept: Mapping[str, Any], keys: Sequence[str]) -> str:
+    """Return the recommended values of keys; of many, only that they are the recommended ones."""
+    if len(keys) >= MOST_IN_FULL:
+        return "the recommended values of the other settings"
+    return words({key: swept[key] for key in keys})
 
 
 def _at_recommended(estimate: Estimate, others: str) -> str:

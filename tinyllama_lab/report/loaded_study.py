@@ -183,6 +183,7 @@ class Study:
         Raises:
             ConfigError: an argument is out of its bounds.
         """
+        from tinyllama_lab.report.analysis.ranking import chosen_of
         from tinyllama_lab.report.analysis.tuned import setting_words
         from tinyllama_lab.report.caveats import not_compared
         from tinyllama_lab.report.page.search import read_search
@@ -194,7 +195,7 @@ class Study:
             recommended = analysis.no_recommendation
         cells, sentences = recommended.cells, recommended.advice.sentences
         unit = comparison.measure.unit
-        chosen = next((cell for cell in cells if cell.is_chosen), None)
+        chosen = chosen_of(cells)
         if chosen is None:
             reasons = sentences if comparison.trials else not_compared(comparison)
             return Recommendation({}, None, unit, (), tuple(reasons))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -28,25 +29,36 @@ CONFIRMED = "Confirmation trials: fresh seeds, scored on rows that no choice has
 RESCORED = "The same trials on the confirmation rows: no confirmation, their seeds are not fresh"
 BEST = "*"
 OUTDATED = "†"
-
+_SPACE = 3  # columns of the terminal next to a cell: two of padding, one between cells
+_WIDEST = 24  # columns of the terminal; where there is no room, longer values go on below
 
 TableColumn = tuple[str, Callable[[TrialRow], str]]
 
 
 def columns(rows: Sequence[TrialRow]) -> list[TableColumn]:
     """Return the head and the cell function of every terminal column that has values."""
-    keys = list(dict.fromkeys(key for row in rows for key in row.swept))
+    keys = swept(rows)
     table_columns: list[TableColumn] = [("trial", _name)] if not keys else []
     table_columns += [(one_line(short_name(key)), _swept_cell(key)) for key in keys]
     table_columns.append(("state", state_cell))
-    ranking = METRICS.get(ranked_by(rows))
-    if ranking and ranking.column is Column.IF_RANKED:
+    ranking = ranking_metric(rows)
+    if ranking.column is Column.IF_RANKED:
         table_columns += metric_columns([ranking], rows)
     table_columns += metric_columns(
         (m for m in METRICS.values() if m.column is Column.TERMINAL), rows
     )
     table_columns.append(("min", _minutes))
     return table_columns
+
+
+def swept(rows: Sequence[TrialRow]) -> list[str]:
+    """Return the swept keys of rows, in the order of their columns."""
+    return list(dict.fromkeys(key for row in rows for key in row.swept))
+
+
+def ranking_metric(rows: Sequence[TrialRow]) -> Metric:
+    """Return the loss by which rows are ranked; the loss per token where they cannot be."""
+    return METRICS[ranked_by(rows) or HELDOUT_LOSS]
 
 
 def metric_columns(metrics: Iterable[Metric], rows: Sequence[TrialRow]) -> list[TableColumn]:
@@ -91,42 +103,104 @@ def _minutes(row: TrialRow) -> str:
     return f"{row.result.metrics.get('perf/trial_seconds', 0.0) / 60:.1f}"
 
 
-def print_confirmation(rows: Sequence[TrialRow], console: Console) -> None:
+def print_confirmation(rows: Sequence[TrialRow], console: Console, study: StudyFolder) -> None:
     """Print the table of the confirmation trials, apart from the others."""
-    print_apart(CONFIRMED, rows, console)
+    print_apart(CONFIRMED, rows, console, study)
 
 
-def print_apart(title: str, rows: Sequence[TrialRow], console: Console) -> None:
+def print_apart(
+    title: str, rows: Sequence[TrialRow], console: Console, study: StudyFolder
+) -> None:
     """Print a table under a title of its own; nothing if there are no rows."""
     if rows:
         console.print(title, highlight=False, soft_wrap=True)
-        print_table(rows, console)
+        print_table(rows, console, study)
 
 
-def print_table(rows: Sequence[TrialRow], console: Console) -> None:
-    """Print the table; cells are plain text, so that no value is read as markup."""
+def print_table(rows: Sequence[TrialRow], console: Console, study: StudyFolder) -> None:
+    """Print the table; on a terminal, columns that do not fit are left out and named below it."""
     # values that a tuning rejected would bury the settings that are compared
     beaten = sum(row.is_beaten for row in rows)
     rows = [row for row in rows if not row.is_beaten]
     if not rows:
         return
-    table = Table(box=SIMPLE_HEAD, header_style="bold", padding=(0, 1))
-    shown = columns(rows)
-    for number, (head, _) in enumerate(shown):
-        table.add_column(Text(head), justify="left" if number == 0 else "right")
-    for row in rows:
-        style = "bold green" if row.is_best else "dim" if row.is_base else ""
-        table.add_row(*(Text(cell(row)) for _, cell in shown), style=style)
-    needed = console.measure(table, options=console.options.update(width=10_000)).maximum
-    # a terminal cuts wide tables, a file or a pipe needs no limit
-    console.print(table, width=None if console.is_terminal else max(needed, console.width))
+    all_columns = columns(rows)
+    shown, needed = all_columns, _width(all_columns, rows)
+    if needed <= console.width:
+        console.print(_grid(shown, rows))
+    elif console.is_terminal:
+        shown = _fitting(all_columns, rows, console.width)
+        console.print(_grid(shown, rows, [_least(column, rows) for column in shown]))
+    else:  # a file or a pipe needs no limit, but Rich prints nothing wider than its console
+        Console(file=console.file, width=needed).print(_grid(shown, rows))
     console.print(_caption(rows), highlight=False)
+    if left_out := ", ".join(head for head, cell in all_columns if (head, cell) not in shown):
+        text = f"not shown, for lack of width: {left_out}; {study.table_file} has all columns"
+        console.print(Text(text))
     if beaten:
         tried = ", ".join(map(short_name, rows[-1].tuned))
         console.print(
             f"not shown: {counted(beaten, 'trial')} with another {tried}, which the tuning tried",
             highlight=False,
         )
+
+
+def _grid(
+    shown: Sequence[TableColumn], rows: Sequence[TrialRow], widths: Sequence[int] = ()
+) -> Table:
+    """Return the table for Rich; cells are plain text, so that no value is read as markup."""
+    table = Table(box=SIMPLE_HEAD, header_style="bold", padding=(0, 1))
+    for number, (head, _) in enumerate(shown):
+        table.add_column(
+            Text(head),
+            justify="left" if number == 0 else "right",
+            overflow="fold",
+            width=widths[number] if widths else None,
+        )
+    for row in rows:
+        style = "bold green" if row.is_best else "dim" if row.is_base else ""
+        table.add_row(*(Text(cell(row)) for _, cell in shown), style=style)
+    return table
+
+
+def _fitting(
+    all_columns: Sequence[TableColumn], rows: Sequence[TrialRow], width: int
+) -> list[TableColumn]:
+    """Return the columns that fit, in the order of the table.
+
+    State and loss always stay. Then settings come before other metrics: a row must say what was
+    tried. The settings that explain most of the loss come first, and metrics in their order.
+    """
+    from tinyllama_lab.report.analysis.importance import by_importance  # late: it imports SciPy
+
+    at = max(1, len(swept(rows)))  # settings, or else the name of the trial, are before the state
+    before, state, metrics = all_columns[:at], all_columns[at], all_columns[at + 1 :]
+    loss = [column for column in metrics if column[0] == ranking_metric(rows).head]
+    settings = dict(zip(swept(rows), before, strict=False))
+    by_rank = [settings[key] for key in by_importance(rows)] or before
+    kept: list[TableColumn] = []
+    room = width - 1
+    for column in (state, *loss, *by_rank, *metrics):
+        needed = _least(column, rows) + _SPACE
+        must_stay = column in (state, *loss)
+        if column not in kept and (must_stay or needed <= room):
+            kept.append(column)
+            room -= needed
+    return [column for column in all_columns if column in kept]
+
+
+def _width(shown: Sequence[TableColumn], rows: Sequence[TrialRow]) -> int:
+    """Return the width of the whole table."""
+    return 1 + sum(
+        max(cell_len(text) for text in (head, *map(cell, rows))) + _SPACE for head, cell in shown
+    )
+
+
+def _least(column: TableColumn, rows: Sequence[TrialRow]) -> int:
+    """Return the width in which a column is still easy to read: its head may take two lines."""
+    head, cell = column
+    words = max(map(cell_len, head.split()), default=0)
+    return max(words, min(_WIDEST, max(cell_len(cell(row)) for row in rows)))
 
 
 def _caption(rows: Sequence[TrialRow]) -> str:
@@ -153,7 +227,8 @@ def _caption(rows: Sequence[TrialRow]) -> str:
 def write_table(study: StudyFolder, rows: StudyRows) -> None:
     """Write the table as `experiment_table.md`, and all metrics as `metrics.json`."""
     parts = [f"# {study.name}", _lines(rows.trials), _caption(rows.trials)]
-    parts += [f"{CONFIRMED}:", _lines(rows.confirmation)] if rows.confirmation else []
+    for title, apart in ((CONFIRMED, rows.confirmation), (RESCORED, rows.rescored)):
+        parts += [f"{title}:", _lines(apart)] if apart else []
     write_atomic(study.table_file, "\n\n".join(filter(None, parts)) + "\n")
     record = {
         "study": study.name,
@@ -190,7 +265,7 @@ def _record(row: TrialRow) -> dict[str, Any]:
 
 def write_csv(path: Path, rows: Sequence[TrialRow]) -> None:
     """Write a line for each trial and base; spreadsheets interpret no cell as a formula."""
-    keys = list(dict.fromkeys(key for row in rows for key in row.swept))
+    keys = swept(rows)
     names = sorted({name for row in rows if row.result for name in row.result.metrics})
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

@@ -6,7 +6,9 @@ import html
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from textwrap import wrap
 from typing import Any
 
 from markupsafe import Markup
@@ -54,6 +56,11 @@ def one_line(text: str, limit: int = 200) -> str:
 def label(text: str, limit: int = 60) -> str:
     """Return a text for a chart: Plotly's markup and HTML are shown, not interpreted."""
     return html.escape(cut(text, limit), quote=False)
+
+
+def hover_label(text: str) -> str:
+    """Return a text for a chart like `label`, but whole, on several lines."""
+    return "<br>".join(label(line) for line in wrap(one_line(text), 60))
 
 
 def cut(text: str, limit: int) -> str:
@@ -106,6 +113,12 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def leading(texts: Sequence[str], room: int) -> list[str]:
+    """Return the first texts that together have at most `room` characters; at least one."""
+    ends = accumulate(map(len, texts))
+    return list(texts[: max(1, sum(end <= room for end in ends))])
 
 
 def counted(count: int, noun: str) -> str:

@@ -64,7 +64,7 @@ def plan_confirmation(
     for note in plan.notes[known:]:
         say(f"note: {note}")
     if plan.to_confirm:
-        names = ", ".join(cell.label for cell in cells)
+        names = ", ".join(cell.beside(cells[0], is_whole=True) for cell in cells)
         count = counted(len(plan.to_confirm), "trial")
         say(
             f"confirming {names} on rows that no choice has seen: {count} with fresh seeds"

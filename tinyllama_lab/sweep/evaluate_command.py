@@ -93,7 +93,7 @@ def evaluate(arguments: Sequence[str], workdir: Path) -> int:
         if plan.todo or unsynced(plan, workdir):
             run_plan(plan, session)
         print_results(plan, session)
-        print_apart(RESCORED, study_rows(plan).rescored, session.console)
+        print_apart(RESCORED, study_rows(plan).rescored, session.console, study)
     return 0 if all_ended_well([plan.results.get(key) for key in plan.requested_keys]) else 1
 
 

@@ -315,8 +315,8 @@ def print_results(
     from tinyllama_lab.report.findings import print_findings  # late, as above
 
     analysis = analysis_of(plan)
-    print_table(analysis.rows.trials, session.console)
-    print_confirmation(analysis.rows.confirmation, session.console)
+    print_table(analysis.rows.trials, session.console, plan.study)
+    print_confirmation(analysis.rows.confirmation, session.console, plan.study)
     for text in failures([*analysis.rows.trials, *analysis.rows.confirmation]):
         session.say(text)
     for text in outcome:

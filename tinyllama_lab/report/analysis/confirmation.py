@@ -23,7 +23,7 @@ from tinyllama_lab.report.analysis.comparison import (
 )
 from tinyllama_lab.report.analysis.costs import noises
 from tinyllama_lab.report.analysis.luck import seed_spread
-from tinyllama_lab.report.analysis.ranking import RankedCell, is_cheaper, price
+from tinyllama_lab.report.analysis.ranking import RankedCell, chosen_of, is_cheaper, price
 from tinyllama_lab.report.analysis.statistics import ALPHA, Estimate, Luck
 from tinyllama_lab.report.analysis.trial_rows import TrialRow
 from tinyllama_lab.report.text import counted
@@ -39,6 +39,11 @@ class RivalPair:
     chosen: RankedCell
     rival: RankedCell
     rival_is_cheaper: bool
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """What a sentence calls the recommended setting and the rival."""
+        return self.chosen.beside(self.chosen), self.rival.beside(self.chosen)
 
     @property
     def claim(self) -> str:
@@ -114,7 +119,7 @@ class RivalResult:
             margin: in the unit of the estimate.
             within: the margin in words.
         """
-        this, other = self.pair.chosen.label, self.pair.rival.label
+        this, other = self.pair.names
         low, high = self.interval
         if self.lost:
             runs = counted(self.lost + len(self.trials), "fresh run")
@@ -133,7 +138,7 @@ class RivalResult:
         return f"these rows neither confirm nor contradict that {claimed}"
 
     def _shown(self, margin: float, within: str) -> str:
-        this, other = self.pair.chosen.label, self.pair.rival.label
+        this, other = self.pair.names
         low, high = self.interval
         if -margin < low and high < margin:
             return f"these rows show that {this} and {other} differ by less than {within}"
@@ -169,7 +174,7 @@ def cells_to_confirm(cells: Sequence[RankedCell], cost: str) -> list[RankedCell]
 
     If no other setting is as good, the rival is the second best.
     """
-    chosen = next((cell for cell in cells if cell.is_chosen), None)
+    chosen = chosen_of(cells)
     if chosen is None or len(cells) < 2:
         return []
     rivals = [cell for cell in cells if cell.is_good_enough and cell is not chosen]

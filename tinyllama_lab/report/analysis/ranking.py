@@ -13,8 +13,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
-from tinyllama_lab.config.axes import words
+from tinyllama_lab.config.axes import setting_labels, shortened, spelled, words
 from tinyllama_lab.metrics import COSTS
 from tinyllama_lab.report.analysis.comparison import Comparison, Scored, cell_of, paired
 from tinyllama_lab.report.analysis.costs import cost_of, noises
@@ -23,6 +24,11 @@ from tinyllama_lab.report.analysis.settings import DEFAULTS, Settings
 from tinyllama_lab.report.analysis.shrunken import shrunken_losses
 from tinyllama_lab.report.analysis.statistics import ALPHA, ONE_SIDED, Estimate, adjusted
 from tinyllama_lab.report.analysis.tuned import setting_words
+from tinyllama_lab.report.text import leading
+
+MOST_IN_FULL = 4  # settings; of cells with more, sentences name only what differs from the chosen
+_LONGEST_VALUE = 300  # characters of a value that is to be typed again
+_LONGEST_DIFFERENCE = 60  # characters of the settings that name a cell next to the chosen one
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +39,7 @@ class RankedCell:
     label: str
     loss: float  # mean over seeds
     costs: dict[str, float]
+    settings: dict[str, Any]  # the swept values, by key
     expected: float = math.nan  # its loss without the luck of being the lowest (`shrunken`)
     estimate: Estimate | None = None  # its loss minus that of the best; None for the best
     p: float = 0.0  # p-value of being worse than the best by the margin or more, corrected
@@ -50,6 +57,47 @@ class RankedCell:
     def is_within_margin(self) -> bool:
         """Whether it was shown to be worse than the best by less than the margin."""
         return self.p < ONE_SIDED
+
+    @property
+    def has_many_settings(self) -> bool:
+        """Whether its label is too long to be repeated in every sentence."""
+        return len(self.settings) > MOST_IN_FULL
+
+    @property
+    def in_full(self) -> str:
+        """All of its settings, so that they can be typed again; `label` shortens them."""
+        return " ".join(setting_labels(self.settings, _LONGEST_VALUE)) or self.label
+
+    @property
+    def is_shortened(self) -> bool:
+        """Whether even `in_full` shortens a value."""
+        texts = map(spelled, self.settings.values())
+        return any(shortened(text, _LONGEST_VALUE) != text for text in texts)
+
+    def beside(self, chosen: RankedCell | None, is_whole: bool = False) -> str:
+        """Return what a sentence calls the cell: of many settings, what differs from the chosen.
+
+        Args:
+            chosen: the cell that is recommended; None where there is none.
+            is_whole: whether all that differs is named, and the chosen one in full.
+        """
+        if chosen is None or not self.has_many_settings:
+            return self.in_full if is_whole else self.label
+        different = {k: v for k, v in self.settings.items() if chosen.settings.get(k) != v}
+        if not different:
+            return self.in_full if is_whole else "the recommended one"
+        if is_whole:
+            return f"the same with {' '.join(setting_labels(different, _LONGEST_VALUE))}"
+        return f"the one with {_first(setting_labels(different))}"
+
+
+def _first(labels: Sequence[str]) -> str:
+    """Join the labels that have room in a sentence, and count the others."""
+    named = leading(labels, _LONGEST_DIFFERENCE)
+    more = len(labels) - len(named)
+    if more < 2:  # to count one takes as much room as to name it
+        return " ".join(labels)
+    return f"{' '.join(named)} and {more} other differences"
 
 
 def rank_cells(comparison: Comparison, settings: Settings = DEFAULTS) -> list[RankedCell]:
@@ -87,6 +135,11 @@ def rank_cells(comparison: Comparison, settings: Settings = DEFAULTS) -> list[Ra
     return [_with(cell, is_chosen=cell is chosen, is_cheapest=cell is cheapest) for cell in every]
 
 
+def chosen_of(cells: Sequence[RankedCell]) -> RankedCell | None:
+    """Return the recommended cell; None where none is chosen."""
+    return next((cell for cell in cells if cell.is_chosen), None)
+
+
 def is_cheaper(one: RankedCell, other: RankedCell, cost: str, same: float) -> bool:
     """Whether a setting costs less than another one; costs up to the ratio `same` are equal."""
     return _cheapest([one, other], cost, same) is one
@@ -118,14 +171,14 @@ def rivals(cells: Sequence[RankedCell]) -> list[RankedCell]:
 
 def _cell(trials: list[Scored]) -> RankedCell:
     trials = sorted(trials, key=lambda trial: str(trial.seed))
-    name = words(setting_words([trial.row for trial in trials]))
+    settings = setting_words([trial.row for trial in trials])
     costs = {}
     for cost in COSTS:
         values = [value for t in trials if (value := cost_of(t, cost)) is not None]
         if values:
             costs[cost] = fmean(values)
     loss = fmean(trial.loss for trial in trials)  # equal tokens, so no weights are needed
-    return RankedCell(trials, name or trials[0].label, loss, costs)
+    return RankedCell(trials, words(settings) or trials[0].label, loss, costs, settings)
 
 
 def _against(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -17,14 +18,15 @@ from tinyllama_lab.report.analysis.confirmation import (
 )
 from tinyllama_lab.report.analysis.contrasts import MOST_SEEDS
 from tinyllama_lab.report.analysis.measure import between
-from tinyllama_lab.report.analysis.ranking import RankedCell, price, rivals
+from tinyllama_lab.report.analysis.ranking import RankedCell, chosen_of, price, rivals
 from tinyllama_lab.report.analysis.settings import DEFAULTS, Settings
 from tinyllama_lab.report.analysis.statistics import ALPHA, Estimate
 from tinyllama_lab.report.analysis.trial_rows import TrialRow
 from tinyllama_lab.report.analysis.tuned import untuned_sentence
-from tinyllama_lab.report.text import counted
+from tinyllama_lab.report.text import counted, leading
 
 MOST_NAMED = 5  # settings in a sentence
+_LONGEST_LIST = 240  # characters of their names
 PROVISIONAL = "not yet confirmed on rows and seeds that had no part in the choice"
 
 
@@ -86,12 +88,13 @@ def recommend(
 def _provisional(heldout_advice: Advice, confirmation: Confirmation) -> Advice:
     """Say why the recommendation is not confirmed."""
     take, why, how_sure = heldout_advice.sentences
-    reason_words, label = PROVISIONAL, confirmation.chosen.label
+    reason_words = PROVISIONAL
+    name = confirmation.chosen.beside(confirmation.chosen)
     if confirmation.problem:
         reason_words = f"its fresh runs cannot be compared ({confirmation.problem})"
     elif confirmation.lost:
         runs = counted(confirmation.lost + len(confirmation.trials), "fresh run")
-        lost = f"{confirmation.lost} of {runs} of {label} ended without a score"
+        lost = f"{confirmation.lost} of {runs} of {name} ended without a score"
         take, reason_words = f"{take[:-1]}; but {lost}.", f"not confirmed, because {lost}"
     elif confirmation.trials:
         reason_words = "the fresh runs of its rivals have no score"
@@ -108,23 +111,23 @@ def _judged(
     """Add what the confirmation says to the recommendation of the held-out rows."""
     within = f"{margin:g} {confirmation.trials[0].measure.unit}"
     outcomes = "; ".join(rival.outcome(margin, within) for rival in confirmation.rivals)
-    details = _heldout(cells, settings.margin)
+    details = _heldout(cells, settings.margin, confirmation.chosen)
     if more := _more_seeds(confirmation.rivals, margin):
         details.append(more)
     take = heldout_advice.sentences[0]
     if all(rival.is_settled(margin) and not rival.lost for rival in confirmation.rivals):
-        take = f"Take {confirmation.chosen.label}."  # these rows leave no alternative
+        take = f"Take {confirmation.chosen.in_full}."  # these rows leave no alternative
     sure = f"How sure: {_on(confirmation.trials)}, {_listed(confirmation)}: {outcomes}."
     why = f"Why: {_reason(cells, settings)}."
     return Advice([take, why, sure], [*details, *heldout_advice.details[1:]])
 
 
-def _heldout(cells: Sequence[RankedCell], margin: float) -> list[str]:
+def _heldout(cells: Sequence[RankedCell], margin: float, chosen: RankedCell) -> list[str]:
     measure = cells[0].trials[0].measure
     within = f"{measure.margin(margin):g} {measure.unit}"
     return [
         f"The rule: of all settings whose loss is within {within} of the lowest, the cheapest.",
-        f"{_heldout_losses(cells)} These rows made the choice.",
+        f"{_heldout_losses(cells, chosen)} These rows made the choice.",
         "The other rows are other texts: compare their losses with each other, not with those of "
         "the held-out rows.",
     ]
@@ -161,24 +164,25 @@ def _more_seeds(rivals: Sequence[RivalResult], margin: float) -> str:
 
 
 def _overturned(winner: RivalResult, cells: Sequence[RankedCell], settings: Settings) -> Advice:
-    trials, this, other = winner.trials, winner.pair.rival.label, winner.pair.chosen.label
+    trials, taken = winner.trials, winner.pair.rival
+    other = winner.pair.chosen.beside(taken)
     assert winner.estimate is not None
     low, high = winner.interval
     measure, base = trials[0].measure, _untrained(trials)
     before = f"this contradicts the held-out rows, which recommend {other}"
     if not winner.pair.claim:
-        before = f"the held-out rows alone could not tell {other} and {this} apart"
+        before = f"the held-out rows alone could not tell {other} and {taken.beside(taken)} apart"
     loss = f"{mean_loss(trials):.3f}{f' ({base})' if base else ''}"
     cheaper = ", and it is the cheaper one" if winner.pair.rival_is_cheaper else ""
     return Advice(
         [
-            f"Take {this}.",
+            f"Take {taken.in_full}.",
             f"Why: {_on(trials)}, its loss is {loss}, "
             f"{measure.change(-winner.estimate.difference)} than that of {other} (95 % interval: "
             f"{between(-high, -low)}){cheaper}.",
             f"How sure: {before}; the findings below are those of the held-out rows.",
         ],
-        _heldout(cells, settings.margin),
+        _heldout(cells, settings.margin, taken),
     )
 
 
@@ -189,7 +193,7 @@ def _listed(confirmation: Confirmation) -> str:
         if rival.estimate is None:
             continue
         measure = rival.trials[0].measure
-        than = f"{measure.change(rival.estimate.difference)} than that of {rival.pair.rival.label}"
+        than = f"{measure.change(rival.estimate.difference)} than that of {rival.pair.names[1]}"
         seeds = len(rival.trials)
         shared = f"on {counted(seeds, 'seed')}, " * (seeds < len(confirmation.trials))
         words.append(f"{than} ({shared}{measure.interval_words(rival.estimate)})")
@@ -201,31 +205,31 @@ def advise(cells: Sequence[RankedCell], settings: Settings = DEFAULTS) -> Advice
     """Return the recommendation of the held-out rows, unconfirmed; empty if none is chosen."""
     if not cells:
         return Advice(["No recommendation: no trial is done and can be compared."])
-    chosen = next((cell for cell in cells if cell.is_chosen), None)
+    chosen = chosen_of(cells)
     if chosen is None:
         return Advice([])
     if len(cells) == 1:
         unit, base = chosen.trials[0].measure.unit, _untrained(chosen.trials)
         loss = f"held-out loss {chosen.loss:.3f} {unit}{base and f' ({base})'}"
-        only = f"Only one setting, {chosen.label}: {loss}."
+        only = f"Only one setting, {chosen.in_full}: {loss}."
         return Advice([only], _cost_words(cells, chosen, settings.cost))
     best = next(cell for cell in cells if cell.is_best)
     cheapest = next(cell for cell in cells if cell.is_cheapest)
-    take = f"Take {chosen.label}"
+    take = f"Take {chosen.in_full}"
     if not (chosen.is_best or chosen.is_within_margin):
-        take += f", or {best.label} if cost does not matter"
+        take += f", or {best.beside(chosen, is_whole=True)} if cost does not matter"
     elif chosen.is_best and cheapest is not chosen:
-        take += f", or {cheapest.label} to save cost"
+        take += f", or {cheapest.beside(chosen, is_whole=True)} to save cost"
     sure = (
-        f"provisional; expect a loss of about {chosen.expected:.3f} for {chosen.label} on rows "
-        "as hard as these"
+        f"provisional; expect a loss of about {chosen.expected:.3f} for {chosen.beside(chosen)} "
+        "on rows as hard as these"
     )
     return Advice(
         [f"{take}.", f"Why: {_reason(cells, settings)}.", f"How sure: {sure}"],
         [
-            _heldout_losses(cells),
+            _heldout_losses(cells, chosen),
             *_cost_words(cells, chosen, settings.cost),
-            *_as_good(cells, settings.margin),
+            *_as_good(cells, settings.margin, chosen),
         ],
     )
 
@@ -243,8 +247,8 @@ def _reason(cells: Sequence[RankedCell], settings: Settings) -> str:
     verb = "was shown to be" if chosen.is_within_margin else "is"
     apart = "" if chosen.is_within_margin else ", and the two cannot be told apart"
     return (
-        f"its held-out loss {verb} within {within} of the lowest, that of {best.label}{apart}; it "
-        f"is {which}{spent}"
+        f"its held-out loss {verb} within {within} of the lowest, that of {best.beside(chosen)}"
+        f"{apart}; it is {which}{spent}"
     )
 
 
@@ -254,36 +258,37 @@ def _others(cells: Sequence[RankedCell], margin: float) -> str:
     cheapest = next(cell for cell in cells if cell.is_cheapest)
     if cheapest is not best:
         above = f"its loss is more than {_within(best, margin)} higher"
-        return f"{cheapest.label} is cheaper, but {above}, which may be chance"
+        return f"{cheapest.beside(best)} is cheaper, but {above}, which may be chance"
     if others := [cell for cell in rivals(cells) if cell is not best]:
         tied = [cell for cell in others if cell.p_worse >= ALPHA]
-        known = f"{_labels(tied)} may be as good"
+        known = f"{_labels(tied, best)} may be as good"
         if not tied:
-            known = f"{_labels(others)} is worse by less than {_within(best, margin)}"
+            known = f"{_labels(others, best)} is worse by less than {_within(best, margin)}"
         verb = "is" if len(tied or others) == 1 else "are"
         return f"{known}, and {verb} no cheaper beyond noise"
-    rest = "every other setting" if len(cells) > 2 else cells[1].label
+    rest = "every other setting" if len(cells) > 2 else cells[1].beside(best)
     if len(best.trials) > 1:
         return f"{rest} was shown to be worse"
     return f"{rest} is worse by more than two runs of one setting are assumed to differ"
 
 
-def _as_good(cells: Sequence[RankedCell], margin: float) -> list[str]:
+def _as_good(cells: Sequence[RankedCell], margin: float, chosen: RankedCell) -> list[str]:
     """Name the settings that may be the best, and those that were shown to be close enough."""
     best = next(cell for cell in cells if cell.is_best)
-    others = [cell for cell in rivals(cells) if cell is not best]
+    others, name = [cell for cell in rivals(cells) if cell is not best], best.beside(chosen)
     tied = [cell for cell in others if cell.p_worse >= ALPHA]
     close = [cell for cell in others if cell.p_worse < ALPHA]
     words = []
     if len(others) > 1 and tied:
-        words.append(f"This study cannot tell {best.label} apart from {_labels(tied)}.")
+        words.append(f"This study cannot tell {name} apart from {_labels(tied, chosen)}.")
     if len(others) > 1 and close:
         verb, within = "was" if len(close) == 1 else "were", _within(best, margin)
-        words.append(f"{_labels(close)} {verb} shown to be within {within} of {best.label}.")
+        listed = re.sub("^the ", "The ", _labels(close, chosen))
+        words.append(f"{listed} {verb} shown to be within {within} of {name}.")
     return words
 
 
-def _heldout_losses(cells: Sequence[RankedCell]) -> str:
+def _heldout_losses(cells: Sequence[RankedCell], chosen: RankedCell) -> str:
     """Return the lowest loss, and that of the setting that competes with it."""
     best = next(cell for cell in cells if cell.is_best)
     others = [cell for cell in cells if cell is not best and (cell.is_chosen or cell.is_cheapest)]
@@ -292,8 +297,9 @@ def _heldout_losses(cells: Sequence[RankedCell]) -> str:
     many = f"mean of {runs} runs" if runs > 1 else "one run"
     base = _untrained(best.trials)
     return (
-        f"Held-out loss, {best.trials[0].measure.unit} ({many}): {best.label} {best.loss:.3f}; "
-        f"{other.label} {other.loss:.3f} ({_tested(other.estimate, cells)}){base and f'; {base}'}."
+        f"Held-out loss, {best.trials[0].measure.unit} ({many}): "
+        f"{best.beside(chosen)} {best.loss:.3f}; {other.beside(chosen)} {other.loss:.3f} "
+        f"({_tested(other.estimate, cells)}){base and f'; {base}'}."
     )
 
 
@@ -313,7 +319,7 @@ def _cost_words(cells: Sequence[RankedCell], chosen: RankedCell, cost: str) -> l
         return []
     other = best if chosen is not best else min(cells, key=lambda cell: price(cell, cost))
     shown_cells = [chosen, other] if other is not chosen and cost in other.costs else [chosen]
-    listed = [f"{cell.label}: {_costs_of(cell, cost)}" for cell in shown_cells]
+    listed = [f"{cell.beside(chosen)}: {_costs_of(cell, cost)}" for cell in shown_cells]
     return [f"Cost: {'; '.join(listed)}."]
 
 
@@ -335,10 +341,10 @@ def _untrained(trials: Sequence[Scored]) -> str:
     return f"before training: {loss:.3f}" if loss is not None else ""
 
 
-def _labels(cells: Sequence[RankedCell]) -> str:
-    """Join up to five labels, and count the rest."""
-    names = [cell.label for cell in cells]
-    more = len(names) - MOST_NAMED
-    if more > 0:
-        return f"{', '.join(names[:MOST_NAMED])} and {more} more"
+def _labels(cells: Sequence[RankedCell], chosen: RankedCell) -> str:
+    """Join up to five names, fewer if they are long, and count the rest."""
+    names = [cell.beside(chosen) for cell in cells]
+    first = leading(names[:MOST_NAMED], _LONGEST_LIST)
+    if more := len(names) - len(first):
+        return f"{', '.join(first)} and {more} more"
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))

@@ -71,8 +71,8 @@ def _kept(chosen: RankedCell) -> Iterator[str]:
             return
         last = max(step_losses(trial.row.trial), default=0)
         kept.append(f"{step:.0f} of {last} (seed {trial.seed})")
-    name = f" of {chosen.label}" if chosen.label else ""
-    yield f"train.keep=best kept the adapter{name} after step {', '.join(kept)}"
+    name = chosen.beside(chosen)
+    yield f"train.keep=best kept the adapter of {name} after step {', '.join(kept)}"
 
 
 def _rungs(trial: Scored) -> dict[int, Array]:

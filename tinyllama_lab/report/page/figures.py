@@ -12,10 +12,10 @@ import plotly.graph_objects as go
 from tinyllama_lab.metrics import COSTS
 from tinyllama_lab.report.analysis.contrasts import Contrast, with_parts
 from tinyllama_lab.report.analysis.measure import between
-from tinyllama_lab.report.analysis.ranking import RankedCell, front
+from tinyllama_lab.report.analysis.ranking import RankedCell, chosen_of, front
 from tinyllama_lab.report.analysis.statistics import ALPHA
 from tinyllama_lab.report.page.origin import DataSet
-from tinyllama_lab.report.text import label
+from tinyllama_lab.report.text import hover_label, label, leading
 from tinyllama_lab.report.verdicts import KINDS
 
 # The palette of Okabe and Ito (2008), which colour-blind readers can tell apart. Black and yellow
@@ -150,10 +150,12 @@ def quality_cost(cells: Sequence[RankedCell], cost: str) -> Drawing | None:
         return None
     edge = front(priced, cost)
     verb = "is" if len(edge) == 1 else "are"
+    names = [cell.beside(chosen_of(cells)) for cell in edge]
+    named = leading(names[:6], 240)
     finding = (
         f"{len(edge)} of {len(priced)} settings {verb} beaten by no other in both held-out loss "
-        f"and {COSTS[cost].axis.split(' (')[0]}: {', '.join(cell.label for cell in edge[:6])}"
-        f"{' and more' if len(edge) > 6 else ''}."
+        f"and {COSTS[cost].axis.split(' (')[0]}: {', '.join(named)}"
+        f"{' and more' if len(names) > len(named) else ''}."
     )
     if len(priced) == 1:
         finding = "One setting was tried; there is no other to compare it with."
@@ -208,7 +210,7 @@ def _points(
     return go.Scatter(
         x=[cell.costs[cost] for cell in cells],
         y=[cell.loss for cell in cells],
-        text=[label(cell.label) for cell in cells],
+        text=[hover_label(cell.label) for cell in cells],
         name=name,
         marker=marker,
         hovertemplate="%{text}<br>loss %{y:.4f}, %{x:.4g}<extra></extra>",

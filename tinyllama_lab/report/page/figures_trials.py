@@ -13,8 +13,11 @@ from tinyllama_lab.report.analysis.comparison import Comparison, Scored
 from tinyllama_lab.report.analysis.costs import cost_of
 from tinyllama_lab.report.analysis.curves import Curves, LearningCurve, held_out_loss
 from tinyllama_lab.report.analysis.importance import LEAST_TRIALS, importances, name_of
+from tinyllama_lab.report.analysis.ranking import MOST_IN_FULL
 from tinyllama_lab.report.page.figures import BLUE, DASHES, PALETTE, Drawing, drawing
-from tinyllama_lab.report.text import label
+from tinyllama_lab.report.text import hover_label, label
+
+_MOST_TICKS = 10  # written values of an axis; more would cover each other
 
 
 def style_of(curves: Sequence[LearningCurve], key: str | None) -> dict[str, tuple[str, str]]:
@@ -56,7 +59,7 @@ def learning_curves(curves: Curves, key: str | None) -> Drawing | None:
                 mode="lines" if len(curve.steps) > 1 else "markers",
                 line={"color": colour, "width": 1.6, "dash": dash},
                 opacity=0.8,
-                text=[label(curve.label)] * len(curve.steps),
+                text=[hover_label(curve.label)] * len(curve.steps),
                 hovertemplate="%{text}<br>about step %{x}: %{y:.4f}<extra></extra>",
             )
         )
@@ -67,10 +70,10 @@ def learning_curves(curves: Curves, key: str | None) -> Drawing | None:
     finding = f"Training loss of {len(curves.drawn)} trials by step."
     known = [loss for loss in best.losses if loss is not None]
     if math.isfinite(held_out_loss(best.row)) and known:
-        finding += (
-            f" That of {best.label}, whose held-out loss is the lowest, goes from "
-            f"{known[0]:.3f} to {known[-1]:.3f}, both smoothed."
-        )
+        name = f"{best.label}, whose held-out loss is the lowest,"
+        if len(best.row.swept) > MOST_IN_FULL:
+            name = "the trial with the lowest held-out loss"
+        finding += f" That of {name} goes from {known[0]:.3f} to {known[-1]:.3f}, both smoothed."
     axes = {
         "xaxis": {"title": {"text": "optimizer step"}},
         "yaxis": {"title": {"text": curves.axis}},
@@ -87,7 +90,7 @@ def _heldout_points(curve: LearningCurve, group: str, colour: str) -> go.Scatter
         showlegend=False,
         mode="markers",
         marker={"color": colour, "symbol": "circle-open", "size": 7},
-        text=[label(curve.label)] * len(curve.heldout),
+        text=[hover_label(curve.label)] * len(curve.heldout),
         hovertemplate="%{text}<br>held out after step %{x}: %{y:.4f}<extra></extra>",
     )
 
@@ -97,7 +100,8 @@ def parallel(comparison: Comparison) -> Drawing | None:
     if len(comparison.trials) < LEAST_TRIALS or not comparison.keys:
         return None
     trials = comparison.trials
-    dimensions = [_settings_axis(trials, key) for key in comparison.keys]
+    is_wide = len(comparison.keys) > MOST_IN_FULL
+    dimensions = [_settings_axis(trials, key, 15 if is_wide else 24) for key in comparison.keys]
     compute = [cost_of(trial, "compute") for trial in trials]
     if all(value is not None for value in compute):  # an axis needs a value for every line
         dimensions.append({"label": "TFLOP", "values": compute})
@@ -107,24 +111,31 @@ def parallel(comparison: Comparison) -> Drawing | None:
     scale["colorbar"] = {"title": {"text": "loss"}, "thickness": 12}
     trace = go.Parcoords(line=scale, dimensions=dimensions, labelside="top")
     best = min(trials, key=lambda trial: trial.loss)
+    name = "" if is_wide else f" ({best.label})"
     finding = (
-        f"{len(trials)} trials; held-out losses from {min(losses):.4f} ({best.label}) to "
-        f"{max(losses):.4f}."
+        f"{len(trials)} trials; held-out losses from {best.loss:.4f}{name} to {max(losses):.4f}."
     )
     return drawing(
         "parallel", [trace], finding, height=440, margin={"l": 56, "r": 24, "t": 56, "b": 24}
     )
 
 
-def _settings_axis(trials: Sequence[Scored], key: str) -> dict[str, Any]:
-    """Return an axis with the values at equal distances, whatever they are."""
+def _settings_axis(trials: Sequence[Scored], key: str, longest: int) -> dict[str, Any]:
+    """Return an axis with the values at equal distances; of many, only some are written.
+
+    Args:
+        trials: whose values are shown.
+        key: of the setting.
+        longest: characters of a value; more would reach into the next axis.
+    """
     texts = [show(trial.row.swept.get(key)) for trial in trials]
     names = sorted(set(texts), key=by_value)
+    written = range(0, len(names), math.ceil(len(names) / _MOST_TICKS))
     return {
         "label": label(short_name(key)),
         "values": [names.index(text) for text in texts],
-        "tickvals": list(range(len(names))),
-        "ticktext": [label(name, 24) for name in names],
+        "tickvals": list(written),
+        "ticktext": [label(names[at], longest) for at in written],
         "range": [-0.2, len(names) - 0.8],
     }
 

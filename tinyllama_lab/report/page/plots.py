@@ -144,6 +144,7 @@ def quality_cost(cells: Sequence[RankedCell], cost: str) -> Figure | None:
         _mark(axes, _points(as_good, cost), BLUE, "s", 90, "as good as the best")
         _mark(axes, _points(chosen, cost), GREEN, "*", 190, "recommended")
     labelled = edge if len(edge) <= _MOST_NAMED else [cell for cell in edge if cell.is_chosen]
+    labelled = [cell for cell in labelled if not cell.has_many_settings]
     middle = sum(axes.get_xlim()) / 2
     for cell in labelled:
         is_left = cell.costs[cost] < middle  # the label goes to the side with more room

@@ -9,8 +9,17 @@ from functools import partial
 from urllib.parse import quote
 
 from tinyllama_lab.metrics import HARNESS, METRICS, Column, Metric, harness_metric
+from tinyllama_lab.report.analysis.ranking import MOST_IN_FULL
 from tinyllama_lab.report.analysis.trial_rows import TrialRow
-from tinyllama_lab.report.table import MISSING, TableColumn, columns, metric_columns, state_cell
+from tinyllama_lab.report.table import (
+    MISSING,
+    TableColumn,
+    columns,
+    metric_columns,
+    ranking_metric,
+    state_cell,
+    swept,
+)
 from tinyllama_lab.report.text import counted, one_line
 from tinyllama_lab.study.trial import State
 
@@ -103,6 +112,7 @@ def _columns(rows: Sequence[TrialRow]) -> list[TableColumn]:
     shown = [(head, state if head == "state" else cell) for head, cell in columns(rows)]
     if all(head != "trial" for head, _ in shown):
         shown = [("trial", lambda row: "base" if row.is_base else row.trial.name), *shown]
+    shown = _outcome_first(shown, rows)
     heads = [head for head, _ in shown]
     at = heads.index(_FIRST_COST) if _FIRST_COST in heads else len(shown) - 1
     more = [m for m in METRICS.values() if m.column is not Column.NOWHERE and m.head not in heads]
@@ -112,6 +122,18 @@ def _columns(rows: Sequence[TrialRow]) -> list[TableColumn]:
     if any(row.result and row.result.error for row in rows):
         shown.append(("error", _error))
     return shown
+
+
+def _outcome_first(shown: Sequence[TableColumn], rows: Sequence[TrialRow]) -> list[TableColumn]:
+    """Move state and loss next to the trial where many settings would push them out of sight."""
+    keys = swept(rows)
+    if len(keys) <= MOST_IN_FULL:
+        return list(shown)
+    trial, *others = shown
+    settings, (state, *metrics) = others[: len(keys)], others[len(keys) :]
+    loss = [column for column in metrics if column[0] == ranking_metric(rows).head]
+    rest = [column for column in metrics if column not in loss]
+    return [trial, *loss, state, *settings, *rest]
 
 
 def _harness_metrics(rows: Sequence[TrialRow]) -> list[Metric]:
