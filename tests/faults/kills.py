@@ -121,12 +121,12 @@ def inject(root: Path, driver: int, dice: random.Random) -> tuple[str, float]:
     ended(driver, 5)
     began = time.monotonic()
     # as another command would see it: a lock that is still held
-    while any(map(_lives, found)) and time.monotonic() - began < 2 * ORPHANS_END_WITHIN_S:
+    while any(map(lives, found)) and time.monotonic() - began < 2 * ORPHANS_END_WITHIN_S:
         time.sleep(0.02)
     return what, time.monotonic() - began
 
 
-def _lives(pid: int) -> bool:
+def lives(pid: int) -> bool:
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
@@ -146,7 +146,7 @@ def one_sweep(root: Path, faults: int, seed: int) -> Count:
         what, outlived_s = inject(root, driver, dice)
         longest_s = max(longest_s, outlived_s)
         count.add(what)
-        if not _lives(driver):
+        if not lives(driver):
             driver = start_driver(root)
     status = None
     for _ in range(MOST_DRIVERS):
