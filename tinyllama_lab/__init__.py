@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from tinyllama_lab.sweep.python_api import run_sweep
 
 __version__ = "0.1.0"
+# Raised by hand when a change may move the losses of trials by more than their last digits.
+# 2: PiSSA and OLoRA in bfloat16; weight decay spares norms and biases of a fully trained base.
+NUMERICS = 2
 __all__ = [
     "LabError",
     "Recommendation",

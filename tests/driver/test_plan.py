@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from tests import grid
+from tinyllama_lab import NUMERICS
 from tinyllama_lab.config.axes import flatten, folder_name, label, params, show, swept_keys
 from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.study.study import StudyFolder
@@ -422,3 +423,31 @@ def test_every_cell_gets_the_identities_of_its_model_and_data() -> None:
 def test_a_model_without_the_wanted_modules_is_refused() -> None:
     (problem,) = problems_of("lora.targets=[q_proj,w_proj]", "seed=0,1")
     assert "got w_proj" in problem and "tiny_random has down_proj" in problem
+
+
+# ---- versions of the numerics ----------------------------------------------------------------
+
+
+def end_with(planned: Planned, numerics: int | None) -> None:
+    """Write a result as a version of the numerics would."""
+    versions = {} if numerics is None else {"numerics": numerics}
+    planned.trial.write_config(planned.config)
+    result = Result(planned.trial.key, "", State.DONE, environment={"python": "3", **versions})
+    planned.trial.commit(result)
+
+
+@pytest.mark.parametrize(("numerics", "is_old"), [(None, True), (1, True), (NUMERICS, False)])
+def test_trials_of_other_numerics_are_named_and_trained_anew_on_request(
+    tmp_path: Path, numerics: int | None, is_old: bool
+) -> None:
+    first, second = grid.plan(tmp_path, "lora.r=2,4").trials
+    end_with(first, numerics)
+    plan = grid.plan(tmp_path, "lora.r=2,4")
+    assert plan.todo == [second]
+    assert ("retry=outdated trains them anew" in " ".join(plan.notes)) == is_old
+    anew = grid.plan(tmp_path, "lora.r=2,4", "retry=outdated")
+    assert [planned.label for planned in anew.todo] == ["r=2", "r=4"][not is_old :]
+    assert not any("numerics" in note for note in anew.notes)
+    assert not any(planned.is_trained for planned in anew.todo)
+    # a command that adds nothing has nothing to say
+    assert grid.plan(tmp_path, "lora.r=2").notes == []

@@ -264,6 +264,23 @@ def test_without_its_base_a_pack_fails_and_the_others_go_on(
     assert sum(workers.completions.values()) == 5
 
 
+def test_trials_and_base_of_other_numerics_are_made_anew(tmp_path: Path) -> None:
+    plan, workers = grid.plan(tmp_path, *GRID), FakeWorkers()
+    run(plan, workers)
+    base = plan.base(plan.trials[0])
+    for folder in (plan.trials[1].trial, base):
+        result, _ = folder.read_result()
+        assert result is not None
+        result.environment = {"numerics": 1}
+        folder.commit(result, [folder.adapter_dir / "weights"])
+    again = grid.plan(tmp_path, *GRID, "retry=outdated")
+    assert again.todo == [again.trials[1]] and again.todo[0].is_outdated
+    run(again, workers)
+    counts = [workers.completions[planned.trial.key] for planned in again.trials]
+    assert counts == [1, 2, 1, 1] and workers.completions[base.key] == 2
+    assert not grid.plan(tmp_path, *GRID, "retry=outdated").todo
+
+
 def test_a_full_disk_stops_the_sweep_and_keeps_what_is_done(tmp_path: Path) -> None:
     plan = grid.plan(tmp_path, *GRID)
     workers = FakeWorkers({plan.trials[2].trial.key: ["no_space"]})

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.report.findings import costs_in_words, print_findings
 from tinyllama_lab.report.table import print_table, write_table
 from tinyllama_lab.study.study import StudyFolder
-from tinyllama_lab.study.trial import State, TrialFolder, digest
+from tinyllama_lab.study.trial import State, TrialFolder
 
 __all__ = ["found", "study"]  # fixtures
 
@@ -300,14 +301,15 @@ def test_trials_on_an_older_content_of_a_file_are_left_out(tmp_path: Path) -> No
     for trial in study.trials():
         config = trial.read_config()
         config["data"] |= {"path": "mine.jsonl", "identity": "old"}
+        first, _ = trial.read_result()
+        assert first is not None
         trial.write_config(config)
+        trial.commit(first)
         newer = TrialFolder(trial.folder.with_name(f"new-{trial.name}-{trial.key[::-1]}"))
         shutil.copytree(trial.folder, newer.folder)
         config["data"]["identity"] = "new"
         newer.write_config(config)
-        result = json.loads(newer.result_file.read_text())
-        record = {k: v for k, v in result.items() if k != "checksum"} | {"key": newer.key}
-        newer.result_file.write_text(json.dumps({**record, "checksum": digest(record)}))
+        newer.commit(replace(first, key=newer.key))
         os.utime(trial.result_file, (1, 1))
     found = found_in(study)
     assert {trial.settings["data.identity"] for trial in found.trials} == {"new"}

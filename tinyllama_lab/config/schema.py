@@ -314,7 +314,7 @@ class Config(Science):
     tune_values: list[float] | list[str] | None
     tune_budget: float = rule(above=1)
     sweeps_dir: str
-    retry: str = rule(choices=("auto", "all", "none"))
+    retry: str = rule(choices=("auto", "all", "none", "outdated"))
     confirm: int | str = rule(least=1, choices=("auto", "off"))
     deploy: bool
     tracking: TrackingConfig

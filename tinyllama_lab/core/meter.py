@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 import torch
 
+from tinyllama_lab import NUMERICS
 from tinyllama_lab.core import resident
 from tinyllama_lab.metrics import MIB
 from tinyllama_lab.study.machine import cpu_name
@@ -155,6 +156,7 @@ def environment(device: torch.device, dtype: torch.dtype, basis: str) -> dict[st
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in _PACKAGES},
         **code_facts(),
+        "numerics": NUMERICS,
         "hardware": hardware_name(device),
         "device": device.type,
         "dtype": str(dtype).removeprefix("torch."),

@@ -101,8 +101,16 @@ def yaml_text(content: Any) -> str:
     return text
 
 
-def clear(path: Path, is_folder: bool = False) -> None:
-    """Remove what stands where a file, or a folder, must be written and is none."""
+def make_way(folder: Path, files: Iterable[Path], folders: Iterable[Path]) -> None:
+    """Remove what stands where files and folders will be written and is none, and temporaries."""
+    for path in files:
+        _clear(path)
+    for path in folders:
+        _clear(path, is_folder=True)
+    remove_temporaries(folder.rglob(TEMPORARY))
+
+
+def _clear(path: Path, is_folder: bool = False) -> None:
     try:
         mode = path.lstat().st_mode
     except OSError:

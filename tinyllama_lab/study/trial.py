@@ -13,15 +13,7 @@ from typing import Any
 
 from tinyllama_lab.errors import StudyError
 from tinyllama_lab.study import integrity
-from tinyllama_lab.study.files import (
-    TEMPORARY,
-    clear,
-    read_file,
-    read_yaml,
-    remove_temporaries,
-    write_atomic,
-    yaml_text,
-)
+from tinyllama_lab.study.files import make_way, read_file, read_yaml, write_atomic, yaml_text
 from tinyllama_lab.study.integrity import FileRecord
 
 SCIENCE = ("model", "data", "lora", "quant", "train", "eval", "seed")
@@ -378,13 +370,10 @@ class TrialFolder(ResultFolder):
         return _with_neutral(groups)
 
     def clear(self) -> None:
-        """Remove what stands in the place of the files and folders that a worker will write."""
+        """Remove what stands in the way of a worker, and what a killed one left half written."""
         files = (self.config_file, self.events_file, self.log_file, self.prune_file)
-        for file in (*files, self.result_file, self.loss_curve_file):
-            clear(file)
-        for folder in (self.adapter_dir, self.eval_dir, self.checkpoint_dir):
-            clear(folder, is_folder=True)
-        remove_temporaries(self.folder.rglob(TEMPORARY))
+        folders = (self.adapter_dir, self.eval_dir, self.checkpoint_dir)
+        make_way(self.folder, (*files, self.result_file, self.loss_curve_file), folders)
 
     def prune(self, reason: str) -> None:
         """Ask the worker that trains the trial to prune it.

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tinyllama_lab import NUMERICS
 from tinyllama_lab.config import schema as config
 from tinyllama_lab.config.axes import comparability_notes, folder_name, label, swept_keys
 from tinyllama_lab.config.command import study_settings, sweep_command
@@ -38,6 +39,7 @@ if TYPE_CHECKING:  # these imports take a second, and every command makes a plan
     from tinyllama_lab.report.analysis.trial_rows import StudyRows
 
 # error classes that a second run may not have; a diverged or invalid trial would fail again
+OUTDATED = "outdated"  # value of `retry`
 RETRIED = ("killed", "no_base", "no_data", "oom", "data_changed")
 DATA_SETTINGS = ("model", "data", "profile", "experiment")  # what a data set depends on
 PASSES_TO_TRAIN = 3.0  # a backward pass takes about as long as two forward passes
@@ -59,6 +61,7 @@ class Planned:
     config: dict[str, Any] = field(hash=False)  # a dictionary has no hash
     overrides: tuple[str, ...] = ()
     is_trained: bool = False
+    is_outdated: bool = False  # done by another version of the numerics, and to be trained anew
 
     def read_result(self) -> tuple[Result | None, str | None]:
         """Read the result of the requested evaluation; see `read_requested`."""
@@ -290,7 +293,21 @@ def make_plan(cells: Sequence[Cell], configs: Sequence[Config], study: StudyFold
     plan.notes += comparability_notes(swept)
     for cell, science, trial in zip(cells, settings, trials, strict=True):
         add_trial(plan, plan_trial(cell, science, trial, swept))
+    plan.notes += _outdated_note(plan)
     return plan
+
+
+def _outdated_note(plan: Plan) -> list[str]:
+    """Return a note on results of another version, beside which new ones will stand."""
+    versions = [numerics_of(result) for result in plan.results.values() if is_outdated(result)]
+    if not versions or not plan.todo:
+        return []
+    trials = "1 trial was" if len(versions) == 1 else f"{len(versions)} trials were"
+    return [
+        f"{trials} trained by an earlier version of this project, whose losses may differ a "
+        f"little (numerics {', '.join(map(str, sorted(set(versions))))}, now {NUMERICS}); "
+        f"retry={OUTDATED} trains them anew"
+    ]
 
 
 def plan_trial(
@@ -310,8 +327,10 @@ def add_trial(plan: Plan, planned: Planned) -> None:
         return
     # only `eval` may differ from the finished trial: its key leaves out `eval`
     planned = replace(planned, is_trained=planned.trial.is_done)
-    plan.trials.append(planned)
     result, why = planned.read_result()
+    if result is not None and is_outdated(result) and plan.config.retry == OUTDATED:
+        planned, result = replace(planned, is_trained=False, is_outdated=True), None
+    plan.trials.append(planned)
     if why:
         plan.notes.append(f"{why}; {planned.label} counts as missing and runs again")
     # a candidate that tuning has pruned is not a failure, so no value of `retry` repeats it
@@ -326,6 +345,19 @@ def add_trial(plan: Plan, planned: Planned) -> None:
             f"{planned.label} is {result.state} and is not run again ({reason}); "
             "retry=all runs it once more"
         )
+
+
+def is_outdated(result: Result) -> bool:
+    """Return whether a trial was trained by another version of the numerics than this one."""
+    has_loss = result.state in (State.DONE, State.PRUNED, State.DIVERGED)
+    return has_loss and numerics_of(result) != NUMERICS
+
+
+def numerics_of(result: Result) -> int:
+    """Return the version of the numerics that made a result; the first one was not recorded."""
+    if not result.environment:  # no training made it
+        return NUMERICS
+    return int(result.environment.get("numerics", 1))
 
 
 def should_rerun(result: Result, retry: str) -> bool:

@@ -35,6 +35,7 @@ def environment_facts(trial: Scored) -> Facts:
     facts = {
         "code": _code(environment, versions.get("tinyllama_lab")),
         **{name: f"{name} {version}" for name in _LIBRARIES if (version := versions.get(name))},
+        "numerics": f"numerics {environment.get('numerics', 1)}",
         "precision": environment.get("dtype"),
         "machine": environment.get("hardware"),
     }

@@ -22,7 +22,7 @@ from tinyllama_lab.sweep.execution.running import Running
 from tinyllama_lab.sweep.execution.slots import Slot, SlotPool
 from tinyllama_lab.sweep.execution.source import TrialSource
 from tinyllama_lab.sweep.launchers import Workers
-from tinyllama_lab.sweep.plan import Plan, Planned
+from tinyllama_lab.sweep.plan import Plan, Planned, is_outdated
 from tinyllama_lab.sweep.tracking.tracker import Tracker
 
 if TYPE_CHECKING:  # its imports take half a second, which a command without work does not spend
@@ -123,6 +123,11 @@ class Scheduler:
         """Write the configurations of a trial and its base, and return the worker's task."""
         base = self._plan.base(planned)
         result, why = base.read_result()
+        if planned.is_outdated:
+            planned.trial.result_file.unlink(missing_ok=True)
+            if result is not None and is_outdated(result):
+                base.result_file.unlink()
+                result = None
         if why:
             self._display.say(f"note: {why}; the base is scored again")
         # many trials share a base, whose configuration is written once
