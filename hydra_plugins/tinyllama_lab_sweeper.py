@@ -1,12 +1,25 @@
-"""`hydra/sweeper=optuna`: a search whose trials run in packs under one driver."""
+"""`hydra/sweeper=basic` and `optuna`: grids and searches, whose trials run under one driver."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper, BasicSweeperConf
+from hydra.core.config_store import ConfigStore
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
+
+
+class GridSweeper(BasicSweeper):
+    """Hydra's own sweeper, which expands a grid, without its check of every cell.
+
+    Hydra would compose each of them, in a tenth of a second. Our launcher composes them all much
+    faster, and reports the problems of all of them.
+    """
+
+    def validate_batch_is_legal(self, batch: Any) -> None:
+        """Leave the check to the launcher."""
 
 
 class OptunaSweeper(Sweeper):
@@ -44,3 +57,12 @@ class OptunaSweeper(Sweeper):
         if not outcome.best:
             raise SystemExit(1)
         return outcome.best
+
+
+# in place of Hydra's own
+ConfigStore.instance().store(
+    group="hydra/sweeper",
+    name="basic",
+    node=BasicSweeperConf(_target_=f"{__name__}.GridSweeper"),
+    provider="tinyllama_lab",
+)

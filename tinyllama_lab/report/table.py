@@ -25,6 +25,7 @@ from tinyllama_lab.study.files import write_atomic
 from tinyllama_lab.study.study import StudyFolder
 
 MISSING = "-"
+MOST_ROWS = 500  # on a terminal or in a pipe; files have all
 CONFIRMED = "Confirmation trials: fresh seeds, scored on rows that no choice has seen"
 RESCORED = "The same trials on the confirmation rows: no confirmation, their seeds are not fresh"
 BEST = "*"
@@ -124,6 +125,7 @@ def print_table(rows: Sequence[TrialRow], console: Console, study: StudyFolder) 
     rows = [row for row in rows if not row.is_beaten]
     if not rows:
         return
+    left, rows = len(rows) - MOST_ROWS, rows[:MOST_ROWS]
     all_columns = columns(rows)
     shown, needed = all_columns, _width(all_columns, rows)
     if needed <= console.width:
@@ -136,6 +138,9 @@ def print_table(rows: Sequence[TrialRow], console: Console, study: StudyFolder) 
     console.print(_caption(rows), highlight=False)
     if left_out := ", ".join(head for head, cell in all_columns if (head, cell) not in shown):
         text = f"not shown, for lack of width: {left_out}; {study.table_file} has all columns"
+        console.print(Text(text))
+    if left > 0:
+        text = f"not shown: {counted(left, 'more trial')}; {study.table_file} has all of them"
         console.print(Text(text))
     if beaten:
         tried = ", ".join(map(short_name, rows[-1].tuned))

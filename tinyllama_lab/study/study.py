@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -21,6 +22,8 @@ from tinyllama_lab.study.trial import TrialFolder, base_config, digest, former_k
 # safe in every file system, shell and URL; no leading dot or dash, so no hidden file or option
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _CHECKSUM, _OWNER = "checksum", "owner"
+# a listing is kept after it: before, a file system may give two changes the same time
+SETTLED_NS = 10**9
 
 
 def safe_name(name: str, setting: str) -> str:
@@ -275,13 +278,27 @@ def study_names(root: Path) -> list[str]:
 
 def _find(folder: Path, config: Mapping[str, Any], name: str) -> TrialFolder:
     """Return the trial in `folder` with the key of `config`, or with one of its former keys."""
-    names = os.listdir(folder) if folder.is_dir() else []
-    by_key = {name.rpartition("-")[2]: name for name in names}  # the label before it may differ
+    by_key = _names_by_key(folder)
     key = trial_key(config)
     if key in by_key:
         return TrialFolder(folder / by_key[key])
     former = (by_key[former_key] for former_key in former_keys(config) if former_key in by_key)
     return TrialFolder(folder / next(former, f"{name}-{key}"))
+
+
+def _names_by_key(folder: Path) -> dict[str, str]:
+    """Return the names of a folder's trials by their keys; the labels before them may differ."""
+    try:
+        changed_ns = folder.stat().st_mtime_ns
+    except FileNotFoundError:
+        return {}
+    is_settled = time.time_ns() - changed_ns > SETTLED_NS
+    return (_listed if is_settled else _listed.__wrapped__)(folder, changed_ns)
+
+
+@lru_cache(maxsize=8)
+def _listed(folder: Path, _changed_ns: int) -> dict[str, str]:
+    return {name.rpartition("-")[2]: name for name in os.listdir(folder)}
 
 
 # a plan looks up every trial of a grid, and reading all configurations for each would be quadratic

@@ -37,7 +37,7 @@ PLUGINS = {"hydra/launcher": LAUNCHERS, "hydra/sweeper": ("basic", "optuna")}
 RESOLVERS = ("lab.auto", "now", "hydra")
 _LAUNCHER = "hydra_plugins.tinyllama_lab_launchers.SweepLauncher"
 _SWEEPERS = (
-    "hydra._internal.core_plugins.basic_sweeper.BasicSweeper",
+    "hydra_plugins.tinyllama_lab_sweeper.GridSweeper",
     "hydra_plugins.tinyllama_lab_sweeper.OptunaSweeper",
 )
 _TYPED = (SEARCH_PATH, "hydra.mode", "hydra.verbose")  # besides the plugins and the search

@@ -291,8 +291,11 @@ def make_plan(cells: Sequence[Cell], configs: Sequence[Config], study: StudyFold
     trials = [study.trial(science, folder_name(science, swept)) for science in settings]
     plan = Plan(study, configs[0], [t.key for t in trials], swept, announcement(configs))
     plan.notes += comparability_notes(swept)
+    known: set[str] = set()  # not `add_trial`, which looks through all of them
     for cell, science, trial in zip(cells, settings, trials, strict=True):
-        add_trial(plan, plan_trial(cell, science, trial, swept))
+        if trial.key not in known:
+            known.add(trial.key)
+            _add(plan, plan_trial(cell, science, trial, swept))
     plan.notes += _outdated_note(plan)
     return plan
 
@@ -323,8 +326,11 @@ def plan_trial(
 
 def add_trial(plan: Plan, planned: Planned) -> None:
     """Add a trial to a plan, either with its result or to `todo`; a repeated one is ignored."""
-    if any(planned.trial.key == other.trial.key for other in plan.trials):
-        return
+    if all(planned.trial.key != other.trial.key for other in plan.trials):
+        _add(plan, planned)
+
+
+def _add(plan: Plan, planned: Planned) -> None:
     # only `eval` may differ from the finished trial: its key leaves out `eval`
     planned = replace(planned, is_trained=planned.trial.is_done)
     result, why = planned.read_result()
