@@ -101,32 +101,40 @@ def little_garbage() -> Iterator[None]:
     gc.unfreeze()
 
 
+def configuration(
+    changes: Mapping[str, Any] | None = None, data: str = "travel"
+) -> dict[str, Any]:
+    """Return the real YAML files, shrunk, as one trial's: `configuration({"lora.r": 2})`."""
+    config: dict[str, Any] = {
+        "model": {**_read("model/_base"), **_read("model/tiny_random")},
+        "data": {**_read("data/_base"), **_read(f"data/{data}")},
+        "lora": _read("lora/default"),
+        "quant": _read("quant/none"),
+        "train": _read("train/default"),
+        "eval": _read("eval/default"),
+        "seed": 0,
+    }
+    columns = _read("data/_base")["columns"] | config["data"]["columns"]
+    config["data"]["columns"] = columns
+    for key, value in {**SMALL, **(changes or {})}.items():
+        *groups, name = key.split(".")
+        place = config
+        for group in groups:
+            place = place[group]
+        assert name in place, key
+        place[name] = value
+    return config
+
+
+def cpu_hardware() -> dict[str, Any]:
+    """Return `conf/hardware/auto.yaml`, on the CPU."""
+    return {**_read("hardware/auto"), "device": "cpu"}
+
+
 @pytest.fixture(scope="session")
 def configure() -> Configure:
-    """`configure({"lora.r": 2}, data="file")`: the real YAML files, shrunk, as one trial's."""
-
-    def make(changes: Mapping[str, Any] | None = None, data: str = "travel") -> dict[str, Any]:
-        config: dict[str, Any] = {
-            "model": {**_read("model/_base"), **_read("model/tiny_random")},
-            "data": {**_read("data/_base"), **_read(f"data/{data}")},
-            "lora": _read("lora/default"),
-            "quant": _read("quant/none"),
-            "train": _read("train/default"),
-            "eval": _read("eval/default"),
-            "seed": 0,
-        }
-        columns = _read("data/_base")["columns"] | config["data"]["columns"]
-        config["data"]["columns"] = columns
-        for key, value in {**SMALL, **(changes or {})}.items():
-            *groups, name = key.split(".")
-            place = config
-            for group in groups:
-                place = place[group]
-            assert name in place, key
-            place[name] = value
-        return config
-
-    return make
+    """Give tests `configuration`."""
+    return configuration
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -137,8 +145,8 @@ def _read(name: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def hardware() -> dict[str, Any]:
-    """`conf/hardware/auto.yaml`, on the CPU."""
-    return {**_read("hardware/auto"), "device": "cpu"}
+    """Give tests `cpu_hardware`."""
+    return cpu_hardware()
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,17 @@
+"""The classes of faults, in the order of the page."""
+
+from __future__ import annotations
+
+from tests.faults.damage import DAMAGE
+from tests.faults.fault import FaultClass
+from tests.faults.finished import FINISHED
+from tests.faults.fuzz import FUZZ
+from tests.faults.kills import KILLED
+from tests.faults.memory import MEMORY
+from tests.faults.real_kills import REAL
+from tests.faults.steps import CRASHED_AT, FAILED_AT
+from tests.faults.tried_attacks import ATTACKED
+
+CLASSES: tuple[FaultClass, ...] = (
+    *(KILLED, REAL, CRASHED_AT, DAMAGE, FAILED_AT, FUZZ, ATTACKED, MEMORY, FINISHED),
+)
