@@ -28,6 +28,11 @@ def shown(text: str, limit: int = 80) -> str:
     )
 
 
+def one_line(text: str, limit: int = 200) -> str:
+    """Return the beginning of another library's message in one line, for the middle of ours."""
+    return shown(" ".join(text.split()), limit)
+
+
 def printable(text: str) -> str:
     """Return all lines of a text, with control characters escaped: a terminal obeys none."""
     return "\n".join(shown(line, len(line)) for line in text.split("\n"))

@@ -31,7 +31,7 @@ from tinyllama_lab.core.models.lora import whole_shape
 from tinyllama_lab.core.models.quiet import no_progress_bar
 from tinyllama_lab.data import hub
 from tinyllama_lab.data.snapshots import check_task
-from tinyllama_lab.errors import ModelError, shown
+from tinyllama_lab.errors import ModelError, one_line, shown
 from tinyllama_lab.study.files import user_path
 from tinyllama_lab.study.machine import cpu_has_fast_bf16
 
@@ -85,6 +85,7 @@ def load_base(
         # before the weights, because those take the longest to read
         check_task(folder)
         base_model = load_weights(folder, quant, dtype, device)
+    _check_finite(base_model, folder)
     _own_memory(base_model)
     _keep_stored(base_model)
     # PEFT writes both into `adapter_config.json`, so that an adapter finds its base
@@ -134,7 +135,7 @@ def _loading(model: ModelConfig, folder: Path) -> Iterator[None]:
             ) from error
         raise ModelError(
             f"model={shown_name(vars(model))} must be a causal language model as transformers "
-            f"saves it, got {folder} ({shown(str(error), 300)}); choose another model, or set "
+            f"saves it, got {folder} ({one_line(str(error), 300)}); choose another model, or set "
             "model.path"
         ) from error
 
@@ -213,6 +214,21 @@ def _check_weights(missing: Collection[str], folder: Path) -> None:
             f"{shown(', '.join(sorted(missing)), 200)}, which would be random; choose another "
             "model, or save it with its head"
         )
+
+
+def _check_finite(model: nn.Module, folder: Path) -> None:
+    """Refuse NaN and infinity in weights, on which no loss is finite at any learning rate."""
+    weights = {n: p.detach() for n, p in model.named_parameters() if p.is_floating_point() and p.numel()}
+    # one pass without a copy: both ends are NaN if any value is
+    ends = [torch.stack(torch.aminmax(weight)).float() for weight in weights.values()]
+    for name, finite in zip(weights, torch.stack(ends).isfinite().all(1).tolist(), strict=True):
+        if not finite:
+            dtype = weights[name].dtype
+            way = "set train.precision=fp32, or " if dtype == torch.float16 else ""
+            raise ModelError(
+                f"a base must have finite weights, got NaN or infinity in {shown(name)} of "
+                f"{folder} as {str(dtype).removeprefix('torch.')}; {way}take another model"
+            )
 
 
 def _own_memory(model: nn.Module) -> None:
