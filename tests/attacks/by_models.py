@@ -50,7 +50,7 @@ def _adapter_attack(id: str, kind: str, what: str, change: Change, says: str) ->
     """Return an attack that changes a whole adapter; attaching it is refused."""
 
     def run(ground: Ground) -> None:
-        from tinyllama_lab.core import limited
+        from tinyllama_lab.config import limited
         from tinyllama_lab.core.models import lora
 
         folder = ground.work / "adapter"
@@ -205,12 +205,13 @@ MODELS = [
 
 def _template(id: str, what: str, template: str, says: str) -> Attack:
     def run(ground: Ground) -> None:
+        from tinyllama_lab.config.limited import limited as unchanged
         from tinyllama_lab.core import limited
         from tinyllama_lab.core.dataset.chat_template import ChatTemplate
         from tinyllama_lab.data.formats.cells import UnusableRow
 
         tokenizer = _base().tokenizer
-        quick = partial(limited.limited, seconds=1.0)
+        quick = partial(unchanged, seconds=1.0)
         messages = [{"role": "user", "content": "Hi"}]
         with (
             patch.object(tokenizer, "chat_template", template),

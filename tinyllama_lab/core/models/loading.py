@@ -218,17 +218,19 @@ def _check_weights(missing: Collection[str], folder: Path) -> None:
 
 def _check_finite(model: nn.Module, folder: Path) -> None:
     """Refuse NaN and infinity in weights, on which no loss is finite at any learning rate."""
-    weights = {n: p.detach() for n, p in model.named_parameters() if p.is_floating_point() and p.numel()}
+    parameters = ((name, p.detach()) for name, p in model.named_parameters() if p.numel())
+    weights = {name: weight for name, weight in parameters if weight.is_floating_point()}
     # one pass without a copy: both ends are NaN if any value is
     ends = [torch.stack(torch.aminmax(weight)).float() for weight in weights.values()]
-    for name, finite in zip(weights, torch.stack(ends).isfinite().all(1).tolist(), strict=True):
-        if not finite:
-            dtype = weights[name].dtype
-            way = "set train.precision=fp32, or " if dtype == torch.float16 else ""
-            raise ModelError(
-                f"a base must have finite weights, got NaN or infinity in {shown(name)} of "
-                f"{folder} as {str(dtype).removeprefix('torch.')}; {way}take another model"
-            )
+    are_finite = torch.stack(ends).isfinite().all(1).tolist()
+    name = next((n for n, fine in zip(weights, are_finite, strict=True) if not fine), None)
+    if name is not None:
+        dtype = weights[name].dtype
+        way = "set train.precision=fp32, or " if dtype == torch.float16 else ""
+        raise ModelError(
+            f"a base must have finite weights, got NaN or infinity in {shown(name)} of "
+            f"{folder} as {str(dtype).removeprefix('torch.')}; {way}take another model"
+        )
 
 
 def _own_memory(model: nn.Module) -> None:

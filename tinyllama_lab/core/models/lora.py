@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from tinyllama_lab.config.limited import limited
 from tinyllama_lab.config.lora import LoraConfig
 from tinyllama_lab.config.variants import INITIALISATIONS, VARIANTS
-from tinyllama_lab.core.limited import limited
 from tinyllama_lab.core.models import base_weights
 from tinyllama_lab.core.models.quiet import no_peft_deprecation
 from tinyllama_lab.core.models.saved import check_adapter_folder
