@@ -37,6 +37,7 @@ from tinyllama_lab.study.machine import cpu_has_fast_bf16
 
 # code in a model folder never runs, and transformers does not ask whether it may
 TRUSTED_FILES: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+_UNKNOWN = ("trust_remote_code", "does not recognize this architecture")  # of transformers
 _NOT_TEXT = ("image", "audio", "video")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -127,6 +128,8 @@ def _loading(model: ModelConfig, folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, AssertionError, SafetensorError, StrictDataclassError) as error:
+        if any(words in str(error) for words in _UNKNOWN):
+            check_task(folder)  # says so in the words of the driver
         if "trust_remote_code" in str(error):  # transformers advises to set it
             raise ModelError(
                 f"model={shown_name(vars(model))} must be a model that transformers itself knows, "

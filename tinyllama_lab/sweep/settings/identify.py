@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from tinyllama_lab.config.schema import ALL, HUB_COLUMNS, Config, DataConfig, ModelConfig, Science
 from tinyllama_lab.config.validate import build
 from tinyllama_lab.data import cache, hub
-from tinyllama_lab.data.snapshots import fewest_positions
+from tinyllama_lab.data.snapshots import check_task, fewest_positions
 from tinyllama_lab.data.sources import content_digest, load_held_out, load_rows
 from tinyllama_lab.data.splits.enough import check_enough
 from tinyllama_lab.data.splits.local_split import load_split
@@ -49,7 +49,10 @@ def model_identity(model: ModelConfig) -> str:
         except ModelError as error:
             raise ModelError(f"{error}{'' if exists(path) else hub_way('model', path)}") from error
     if model.source == "hub":
-        return hub.resolve(str(model.repo), model.revision, "model")
+        commit = hub.resolve(str(model.repo), model.revision, "model")
+        if folder := folder_of(model):  # else the worker downloads and checks it
+            check_task(folder)
+        return commit
     # the package comes first, because it needs no network
     package = cache.SMOLLM2_PACKAGE
     if importlib.util.find_spec(package.replace("-", "_")) is not None:
