@@ -376,5 +376,6 @@ def test_more_new_tokens_than_positions_are_refused_before_anything_runs(tmp_pat
     for unsaid in (None, {}, [], "default"):  # configurations of the hub have null there
         assert len(found(64, rope_parameters=unsaid)) == 1
     (problem,) = found(64)
-    assert "64 positions, got eval.max_new_tokens=64; set eval.max_new_tokens=32" in problem
+    assert "64 positions, got eval.max_new_tokens=64; set eval.max_new_tokens=16" in problem
+    assert problem.endswith("=16 data.max_length=48")  # together they are the 64
     assert found(32) == []

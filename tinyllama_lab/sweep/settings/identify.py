@@ -205,11 +205,17 @@ def length_problems(config: Science) -> list[str]:
         "eval.max_new_tokens": evaluation.max_new_tokens if evaluation.generations else 0,
         "eval.latency_tokens": evaluation.latency_tokens,
     }
+    longest = max(lengths, key=lengths.__getitem__)
+    if positions is None or lengths[longest] < positions:
+        return []
+    room = max(1, positions // 4)
+    # prompts of `data.max_length` are left out, so that whatever the rows are, these fit together
+    most = {**dict.fromkeys(lengths, room), "data.max_length": max(1, positions - room)}
+    values = {**lengths, "data.max_length": config.data.max_length}
+    advice = " ".join(f"{name}={most[name]}" for name in values if values[name] > most[name])
     return [
         f"a prompt and its completion must fit the model's {positions} positions, got "
-        f"{name}={count}; set {name}={max(1, positions // 2)}"
-        for name, count in lengths.items()
-        if positions is not None and count >= positions
+        f"{longest}={lengths[longest]}; set {advice}"
     ]
 
 
