@@ -28,8 +28,7 @@ def can_limit() -> bool:
 def limited(what: str, remedy: str, seconds: float = _MOST_SECONDS) -> Iterator[None]:
     """Stop the block after some seconds, or when it takes too much memory.
 
-    Where `can_limit` is false, it has no limit. Where the system does not tell the size of a
-    process, its memory has none.
+    It has no limit where `can_limit` is false. Where a process's size is unknown, memory has none.
 
     Args:
         what: what is computed, for the message.
