@@ -10,7 +10,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,6 +26,11 @@ def shown(text: str, limit: int = 80) -> str:
         c if c.isprintable() or c in JOINERS else c.encode("unicode_escape").decode()
         for c in text[:limit]
     )
+
+
+def one_line(text: str, limit: int = 200) -> str:
+    """Return the beginning of another library's message in one line, for the middle of ours."""
+    return shown(" ".join(text.split()), limit)
 
 
 def printable(text: str) -> str:
@@ -78,6 +83,24 @@ class EncodingError(DataError):
 
 class TooFewRowsError(DataError):
     """A data set has fewer usable rows than requested."""
+
+
+class TooLongError(DataError):
+    """A sequence is longer than the positions of the model, which `data.max_length` can mend."""
+
+    def __init__(self, problem: str, max_length: int, consequence: str) -> None:
+        self._problem, self._consequence = problem, consequence
+        self.max_length = max_length
+        super().__init__(self._text({}))
+
+    def with_settings(self, settings: Mapping[str, int]) -> DataError:
+        """Return the same error, whose advice holds further settings."""
+        return DataError(self._text(settings))
+
+    def _text(self, settings: Mapping[str, int]) -> str:
+        values = {"data.max_length": self.max_length, **settings}
+        advice = " ".join(f"{name}={value}" for name, value in values.items())
+        return f"{self._problem}; set {advice}{self._consequence}"
 
 
 class DataChangedError(DataError):

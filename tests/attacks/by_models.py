@@ -50,7 +50,7 @@ def _adapter_attack(id: str, kind: str, what: str, change: Change, says: str) ->
     """Return an attack that changes a whole adapter; attaching it is refused."""
 
     def run(ground: Ground) -> None:
-        from tinyllama_lab.core import limited
+        from tinyllama_lab.config import limited
         from tinyllama_lab.core.models import lora
 
         folder = ground.work / "adapter"
@@ -126,7 +126,7 @@ def _code_of_a_model(ground: Ground) -> None:
     model: ModelConfig = part(ModelConfig, {**raw["model"], "identity": "1"})
     with pytest.raises(LabError, match="such code is never run"):
         load_base(model, part(QuantConfig, raw["quant"]), "fp32", "cpu")
-    ground.check_untouched()
+    ground.sweep_refused("model=local", f"model.path={folder}", says="such code is never run")
 
 
 MODELS = [
@@ -205,12 +205,13 @@ MODELS = [
 
 def _template(id: str, what: str, template: str, says: str) -> Attack:
     def run(ground: Ground) -> None:
+        from tinyllama_lab.config.limited import limited as unchanged
         from tinyllama_lab.core import limited
         from tinyllama_lab.core.dataset.chat_template import ChatTemplate
         from tinyllama_lab.data.formats.cells import UnusableRow
 
         tokenizer = _base().tokenizer
-        quick = partial(limited.limited, seconds=1.0)
+        quick = partial(unchanged, seconds=1.0)
         messages = [{"role": "user", "content": "Hi"}]
         with (
             patch.object(tokenizer, "chat_template", template),

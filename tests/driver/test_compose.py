@@ -101,6 +101,35 @@ def test_a_mistake_is_named_with_a_way_out(typed: str, start: str, inside: str) 
     assert all(problem.isprintable() for problem in found)
 
 
+@pytest.mark.parametrize(
+    ("value", "meant"),
+    [
+        ('{".*[.]down_proj": 16}', {".*[.]down_proj": 16}),
+        ("{.*[.]down_proj: 16}", {".*[.]down_proj": 16}),
+        ("{'down_proj': 4,'(?:q|k)_proj': 8}", {"down_proj": 4, "(?:q|k)_proj": 8}),
+        (r'{"layers\.[01]\..*": 4}', {r"layers\.[01]\..*": 4}),
+    ],
+)
+def test_a_name_that_hydra_cannot_read_is_typed_so_that_it_can(
+    value: str, meant: dict[str, int]
+) -> None:
+    (problem,) = problems(f"lora.rank_pattern={value}")
+    rule = "lora.rank_pattern must have names without quotes, and a backslash before brackets"
+    assert problem.startswith(rule) and f"got {value}; type " in problem
+    (word,) = shlex.split(problem.rpartition("; type ")[2])
+    assert problems(word) == []
+    (cell,) = grid.cells(word)
+    assert cell.raw["lora"]["rank_pattern"] == meant
+
+
+@pytest.mark.parametrize(
+    "value", ['{"^down_proj": 16}', '{"down_proj": 9999}', '{"down_proj": x}', '{"a b: 1}']
+)
+def test_names_without_such_a_way_get_an_example(value: str) -> None:
+    (problem,) = problems(f"lora.rank_pattern={value}")
+    assert problem.endswith("type 'lora.rank_pattern={down_proj: 16}'")
+
+
 SEARCH = "hydra/sweeper=optuna"
 
 

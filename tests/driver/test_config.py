@@ -66,6 +66,28 @@ def test_a_choice_that_a_recipe_can_add_names_the_recipe(key: str) -> None:
     assert f"\n## {recipe}\n" in EXTENDING.read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("frist_1", "first_1"),
+        ("first1", "first_1"),
+        ("First_4", "first_4"),
+        ("lst_12", "last_12"),
+        ("last_0", "last_8"),
+        ("last", "last_8"),
+        ("last-3", "last_3"),
+        ("al", "all"),
+        ("every", "all"),
+        ("_3", "last_3"),
+        ("", "last_8"),
+    ],
+)
+def test_layers_that_are_none_get_the_most_similar_ones(typed: str, meant: str) -> None:
+    (problem,) = problems(**{"lora.layers": typed})
+    assert problem.startswith("lora.layers must be all, first_ or last_ and a number")
+    assert problem.endswith(f"got {typed!r}; set lora.layers={meant}")
+
+
 BROKEN = {
     "lora.r": [0, -1, 1025, 8.0, "8", True, None, [8]],
     "lora.alpha": [0, -2.0, math.nan, math.inf, False],

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 import struct
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ import pytest
 from tests import grid
 from tests.driver.test_identify import model, model_folder
 from tinyllama_lab.config import schema as config
+from tinyllama_lab.config.limited import limited
 from tinyllama_lab.config.schema import Config, ModelConfig
 from tinyllama_lab.config.targets import LLAMA_MODULES
 from tinyllama_lab.errors import ModelError
@@ -107,6 +112,26 @@ UNFIT: list[tuple[dict[str, Any], str]] = [
     ({"init": "pissa", "r": 33}, "lora.init=pissa, got 33 and model.layers.0.self_attn.k_proj"),
     ({"init": "olora", "r": 512}, "with 32; set lora.r=32"),
     ({"targets": ["qproj"]}, "or lora.targets=[q_proj]"),
+    (
+        {"targets": "regex:.*nothing"},
+        "lora.targets must match linear layers alone, got 'regex:.*nothing'; random has layers "
+        "such as model.layers.0.mlp.down_proj; set lora.targets=all_linear",
+    ),
+    ({"targets": "regex:q_proj"}, "alone, got 'regex:q_proj'; random has layers"),
+    ({"targets": "regex:.*(norm|q_proj)"}, "which matches model.layers.0.input_layernorm;"),
+    ({"targets": "regex:.*[.]mlp"}, "which matches model.layers.0.mlp; random has"),
+    ({"rank_pattern": {".*[.]dwn": 16}}, "got '.*[.]dwn'; adapted are down_proj, gate_proj, k_"),
+    (
+        {"rank_pattern": {"[qk]_proj": 2, "q_proj": 4}},
+        "got '[qk]_proj' and 'q_proj', which both match model.layers.0.self_attn.q_proj; leave",
+    ),
+    (
+        {"targets": "regex:.*(q|k)_proj", "rank_pattern": {"(v|o)_proj": 2}},
+        "got '(v|o)_proj'; adapted are k_proj, q_proj; set 'lora.rank_pattern={k_proj: 16}'",
+    ),
+    ({"targets": "regex:.*k_proj", "init": "pissa", "r": 33}, "self_attn.k_proj with 32; set"),
+    ({"init": "eva", "r": 65}, "when lora.init=eva, got 65 and model.layers.0.mlp.gate_proj with"),
+    ({"init": "eva", "r": 129, "targets": ["down_proj"]}, "down_proj with 128; set lora.r=128"),
 ]
 
 
@@ -125,16 +150,61 @@ def test_what_does_not_fit_the_model_is_refused_with_what_does(
         {"layers": [0, 1]},
         {"rank_pattern": {"down_proj": 16}},
         {"rank_pattern": {"layers.1.mlp.down_proj": 16}},
-        {"rank_pattern": {".*[.]down_proj": 16}},  # for the worker, which limits its time
+        {"rank_pattern": {".*[.]down_proj": 16}},
         {"modules_to_save": ["lm_head", "embed_tokens", "input_layernorm"]},
         {"init": "pissa", "r": 32},
         {"init": "pissa", "r": 64, "targets": ["q_proj"]},
-        {"targets": "regex:.*nothing"},  # as above
+        {"targets": "regex:.*(q|down)_proj"},
+        {"targets": "regex:.*[.]1[.].*_proj", "rank_pattern": {"q_proj": 2, "[kv]_proj": 4}},
+        {"init": "eva", "r": 64},
+        {"init": "eva", "r": 100, "targets": ["down_proj"]},
     ],
     ids=str,
 )
 def test_what_fits_passes(changes: dict[str, Any]) -> None:
     assert adapter_problems(small(**changes)) == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"targets": "regex:([a-z_.0-9]+)+!"},
+        {"rank_pattern": {"([a-z_.0-9]+)+!": 4}},
+    ],
+    ids=str,
+)
+def test_an_expression_that_never_ends_is_refused_once_for_all_trials(
+    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = functools.partial(limited, seconds=0.3)
+    monkeypatch.setattr("tinyllama_lab.sweep.settings.matching.limited", quick)
+    begin = time.monotonic()
+    for r in (2, 4, 8, 16, 32):
+        (problem,) = adapter_problems(small(**changes, r=r))
+        assert problem.startswith("the expression") and "must take at most 0.3 s" in problem
+    assert time.monotonic() - begin < 1.2
+
+
+def test_where_no_signal_comes_an_expression_is_left_to_the_worker() -> None:
+    found: list[list[str]] = []
+    tried = small(targets="regex:([a-z_.0-9]+)+!")
+    thread = threading.Thread(target=lambda: found.append(adapter_problems(tried)))
+    thread.start()
+    thread.join(10)
+    assert found == [[]]
+
+
+def test_an_expression_is_left_to_the_worker_where_files_may_name_modules_otherwise(
+    tmp_path: Path,
+) -> None:
+    folder = model_folder(tmp_path / "m")
+    tried = {"model": model(path=str(folder)), "targets": "regex:.*nothing"}
+    for kind in ("mixtral", None, 3):
+        text = json.dumps({"architectures": ["LlamaForCausalLM"], "model_type": kind})
+        (folder / "config.json").write_text(text)
+        assert adapter_problems(small(**tried)) == []
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    assert len(adapter_problems(small(**tried))) == 1
 
 
 def test_dora_on_int8_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,6 +72,42 @@ def model_folder(
     return folder
 
 
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        (
+            {"auto_map": {"AutoConfig": "evil.C"}},
+            r"code of its own \(auto_map\); such code is never",
+        ),
+        ({}, r"which version [0-9.]+\w* does not know; choose another model, or run pip install"),
+    ],
+)
+def test_a_model_that_transformers_does_not_know_is_refused_by_the_driver(
+    changed: dict[str, Any], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {"architectures": ["EvilForCausalLM"], "model_type": "evil", **changed}
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    snapshot = tmp_path / "hub" / "models--o--m" / "snapshots" / ("a" * 40)
+    snapshot.parent.mkdir(parents=True)
+    for each, folder in (
+        (model(path=str(tmp_path / "m")), tmp_path / "m"),
+        (model("hub", repo="o/m", revision="a" * 40), snapshot),
+    ):
+        model_folder(folder)
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "evil.py").write_text("open('touched', 'w')\n")
+        with pytest.raises(ModelError, match=f"got model_type 'evil' in {folder}.*{says}"):
+            model_identity(each)
+
+
+def test_code_beside_an_architecture_that_transformers_knows_is_ignored(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "m")
+    config = {"model_type": "llama", "auto_map": {"AutoConfig": "evil.C"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert model_identity(model(path=str(folder)))
+
+
 # ---- models --------------------------------------------------------------------------------
 
 
@@ -340,5 +376,6 @@ def test_more_new_tokens_than_positions_are_refused_before_anything_runs(tmp_pat
     for unsaid in (None, {}, [], "default"):  # configurations of the hub have null there
         assert len(found(64, rope_parameters=unsaid)) == 1
     (problem,) = found(64)
-    assert "64 positions, got eval.max_new_tokens=64; set eval.max_new_tokens=32" in problem
+    assert "64 positions, got eval.max_new_tokens=64; set eval.max_new_tokens=16" in problem
+    assert problem.endswith("=16 data.max_length=48")  # together they are the 64
     assert found(32) == []

@@ -377,6 +377,24 @@ def test_held_out_losses_in_training_are_part_of_the_work(
     assert more == (1 + checks) * (50 - 8)
 
 
+def test_a_note_says_when_no_held_out_loss_is_taken_before_the_last_step(tmp_path: Path) -> None:
+    fits = ("train.eval_every=25", "train.max_steps=25")
+    for typed in (fits, (), ("data.n=all", "train.eval_every=9999")):
+        assert grid.plan(tmp_path, *typed).notes == []
+    (note,) = grid.plan(tmp_path, "train.max_steps=25", "train.eval_every=26", "lora.r=2,4").notes
+    assert note == (
+        "train.eval_every=26 is more than the 25 steps of a training, so that the held-out loss "
+        "in training is taken after the last one alone; set train.eval_every=3"
+    )
+    # 16 rows in batches of 8 are 2 steps, 32 are 4
+    typed = ("train.batch_size=8", "train.epochs=1", "data.n=16,32", "train.eval_every=3,5")
+    notes = [note.partition(" of a")[0] for note in grid.plan(tmp_path, *typed).notes]
+    assert notes == [
+        "train.eval_every=3 is more than the 2 steps",
+        "train.eval_every=5 is more than the 4 steps",
+    ]
+
+
 # ---- what is checked before anything is planned --------------------------------------------
 
 

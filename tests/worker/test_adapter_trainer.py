@@ -112,7 +112,13 @@ def test_divergence_before_the_first_step_is_attributed_to_the_base(
 ) -> None:
     with pytest.raises(DivergedError, match="the base itself must give a finite loss") as caught:
         count(make(PackedEngine(tiny_base), {}), float("nan"))
-    assert "train.lr" not in str(caught.value)
+    assert str(caught.value).endswith(
+        "before anything was learned: it overflows in float32; take another model"
+    )
+    half = make(PackedEngine(tiny_base), {})
+    half.progress.dtype = "torch.bfloat16"
+    with pytest.raises(DivergedError, match="overflows in bfloat16; set train.precision=fp32$"):
+        count(half, float("nan"))
     with pytest.raises(DivergedError, match="it is that of the base; raise train.max_loss") as e:
         count(make(PackedEngine(tiny_base), {"train.max_loss": 1.0}), 1.5)
     assert "train.lr" not in str(e.value)

@@ -15,7 +15,7 @@ from tests import grid
 from tinyllama_lab.core.dataset.dataset import DataCache
 from tinyllama_lab.core.models import tiny
 from tinyllama_lab.core.models.loading import read_tokenizer
-from tinyllama_lab.core.training.attempt import prepare
+from tinyllama_lab.core.training.prepare import prepare
 from tinyllama_lab.errors import LabError
 from tinyllama_lab.sweep.plan import check_cells
 
@@ -115,6 +115,22 @@ def test_following_the_advice_on_answer_length_trains(tmp_path: Path, small: lis
     for asked in ("eval.max_new_tokens=60", "eval.max_new_tokens=64"):
         said = follow(*small, f"data.path={path}", "data.max_length=64", asked)
         assert said and "set eval.max_new_tokens=" in said[-1]
+
+
+@pytest.mark.parametrize(
+    ("positions", "lengths"),
+    [(64, [4] * 80), (64, [4] * 80 + [90] * 20), (128, [95] * 60), (128, [95] * 60 + [200] * 20)],
+)
+def test_all_values_that_fit_few_positions_are_named_at_once(
+    tmp_path: Path, positions: int, lengths: list[int]
+) -> None:
+    folder = model_folder(tmp_path / "few", positions)
+    rows = [{**row, "response": "a" * 70} for row in pairs(lengths)]
+    path = written(tmp_path / "a.jsonl", rows)
+    said = follow("model=local", f"model.path={folder}", "data=file", f"data.path={path}")
+    assert len(said) == 1 and f"the model's {positions} positions" in said[0], said
+    values = ("data.max_length", "eval.max_new_tokens", "eval.latency_tokens")
+    assert all(f"{name}=" in said[0] for name in values), said
 
 
 @pytest.mark.parametrize("kind", ["messages", "prompts as messages", "a system column"])

@@ -105,6 +105,7 @@ def test_a_finished_trial_has_every_metric_and_file(variant: str, lab: Lab) -> N
     assert found.environment["signatures"].keys() == {"bleu", "chrf", "rouge"}
     assert "eval/loss" in base.metrics and "train/loss" not in base.metrics
     assert set(found.files) == {
+        *("config.yaml", "events.jsonl"),
         "adapter/adapter_config.json",
         "adapter/adapter_model.safetensors",
         *(f"eval/{found.evaluation}/{name}" for name in EVALUATION_FILES),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tinyllama_lab.core.limited import limited
+from tinyllama_lab.config.limited import limited
 from tinyllama_lab.errors import ModelError
 
 

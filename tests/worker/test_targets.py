@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tests import grid
 from tests.decoders import DECODERS, decoder
 from tests.llamas import base_of, examples, gradients, items_of, llama, make_b_random, settings
 from tinyllama_lab.config import schema as config
+from tinyllama_lab.config.limited import limited
 from tinyllama_lab.config.lora import LoraConfig
 from tinyllama_lab.config.targets import group_names
 from tinyllama_lab.core.engines.base import WorkItem
@@ -24,6 +26,7 @@ from tinyllama_lab.core.models import lora, targets
 from tinyllama_lab.core.training.pack_check import why_not_packed
 from tinyllama_lab.errors import ModelError
 from tinyllama_lab.sweep.settings.fits import adapter_problems
+from tinyllama_lab.sweep.settings.matching import PLAIN
 
 LLAMA = {
     "attention_qv": {"q_proj", "v_proj"},
@@ -192,11 +195,38 @@ def test_what_matches_nothing_is_refused(kind: str) -> None:
     assert message in str(caught.value)
 
 
-def test_a_model_is_as_before_when_peft_refuses_a_module_halfway() -> None:
+def mamba() -> MambaForCausalLM:
     config = MambaConfig(
         vocab_size=64, hidden_size=16, num_hidden_layers=2, state_size=4, time_step_rank=2
     )
-    model = MambaForCausalLM(config).requires_grad_(False).eval()
+    return MambaForCausalLM(config).requires_grad_(False).eval()
+
+
+@pytest.mark.parametrize("wanted", ["all_linear", ["out_proj"], "regex:.*out_proj"])
+def test_driver_and_worker_name_the_modules_that_a_state_space_model_reads_itself(
+    wanted: Any, tmp_path: Path
+) -> None:
+    model = mamba()
+    says = (
+        "lora.targets must leave out out_proj in a state-space model (mamba), whose kernels read "
+        f"that weight past its adapter, got {wanted!r}; set lora.targets=[dt_proj,in_proj,x_proj]"
+    )
+    with pytest.raises(ModelError) as caught:
+        lora.check(model, settings(targets=wanted))
+    assert str(caught.value) == says
+    model.save_pretrained(tmp_path)
+    loaded = config.load(grid.plain(*grid.SMALL, "model=local", f"model.path={tmp_path}"))
+    if not isinstance(wanted, str) or not wanted.startswith("regex:"):
+        assert adapter_problems(replace(loaded, lora=settings(targets=wanted))) == [says]
+    fine = settings(targets=["dt_proj", "in_proj", "x_proj"])
+    assert adapter_problems(replace(loaded, lora=fine)) == []
+
+
+def test_a_model_is_as_before_when_peft_refuses_a_module_halfway(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = mamba()
+    monkeypatch.setattr("tinyllama_lab.config.targets.STATE_SPACE", ())  # we do not refuse it
     before, ids = list(model.named_modules()), torch.arange(9)[None]
     with torch.no_grad():
         logits = model(ids).logits
@@ -229,6 +259,23 @@ TRIED: list[dict[str, Any]] = [
     {"init": "pissa", "r": 16},
     {"init": "pissa", "r": 64},
     {"init": "pissa", "r": 24, "targets": "mlp"},
+    {"targets": "regex:.*nothing"},
+    {"targets": "regex:.*"},
+    {"targets": "regex:.*[.](q_proj|c_attn|qkv_proj|query_key_value)"},
+    {"targets": "regex:(model|transformer|gpt_neox).*[.]0[.].*(fc|_proj|h_to_4h)"},
+    {"targets": "regex:.*norm"},
+    {"targets": "regex:.*embed.*|.*wte"},
+    {"targets": "regex:.*(lm_head|embed_out)"},
+    {"targets": "regex:.*[.]1[.](mlp|self_attn|attn|attention)"},
+    {"targets": "regex:(model|transformer|gpt_neox)[.].*", "bias": "all"},
+    {"targets": "regex:.*o_proj", "rank_pattern": {"[oq]_proj": 8}},
+    {"targets": "regex:.*o_proj", "bias": "lora_only"},
+    {"targets": "regex:.*_proj", "init": "pissa", "r": 30},
+    {"rank_pattern": {".*[.]down_proj": 8}},
+    {"rank_pattern": {"layers[.]0[.].*": 8, ".*h[.]0[.].*": 4}},
+    {"rank_pattern": {".*": 8}},
+    {"rank_pattern": {"[a-z_]*": 8, ".*2[.].*": 4}},
+    {"rank_pattern": {"self_attn": 8}},
 ]
 
 
@@ -248,3 +295,29 @@ def test_the_driver_refuses_from_the_file_what_the_model_itself_refuses(
             assert problems, f"{changes}: {error}"
         else:
             assert problems == [], changes
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_driver_and_worker_know_the_same_highest_rank_of_eva(name: str, tmp_path: Path) -> None:
+    model = decoder(name)
+    model.save_pretrained(tmp_path)
+    loaded = config.load(grid.plain(*grid.SMALL, "model=local", f"model.path={tmp_path}"))
+    for wanted in ("all_linear", "mlp"):
+        shapes = lora.target_shapes(model, settings(targets=wanted)).values()
+        most = min(shape.inputs for shape in shapes)
+        for r, is_refused in ((most, False), (most + 1, True)):
+            tried = settings(targets=wanted, init="eva", r=r)
+            assert bool(adapter_problems(replace(loaded, lora=tried))) == is_refused
+
+
+def test_every_architecture_whose_expressions_the_driver_matches_is_compared() -> None:
+    assert {name.partition(" ")[0] for name in DECODERS} == {*PLAIN}
+
+
+def test_an_expression_of_ranks_that_never_ends_is_stopped_in_the_worker_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    quick = partial(limited, seconds=0.3)
+    monkeypatch.setattr(targets, "limited", quick)
+    with pytest.raises(ModelError, match=r"in lora.rank_pattern must take at most 0.3 s"):
+        lora.check(llama(), settings(rank_pattern={"([a-z_.0-9]+)+!": 4}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -51,7 +52,7 @@ class LoraConfig:
         if isinstance(self.layers, str) and not LAYERS.fullmatch(self.layers):
             yield (
                 "lora.layers must be all, first_ or last_ and a number, or a list of numbers, got "
-                f"{self.layers!r}; set lora.layers=last_8"
+                f"{self.layers!r}; set lora.layers={_nearest_layers(self.layers)}"
             )
         if self.layers == []:
             yield "lora.layers must name at least one layer, got []; set lora.layers=all"
@@ -178,6 +179,15 @@ def plain_lora(r: int, targets: str) -> LoraConfig:
         bias="none",
         modules_to_save=[],
     )
+
+
+def _nearest_layers(word: str) -> str:
+    """Return the valid value of `lora.layers` that is most similar to a word."""
+    letters, number = re.sub(r"[\W\d_]+", "", word.lower()), re.search(r"[1-9]\d*", word)
+    # without a number, `first` and `last` say how many only by an example
+    close = difflib.get_close_matches(letters, ("all", "first", "last"), n=1)
+    kind = close[0] if close else "all" if number is None and letters else "last"
+    return kind if kind == "all" else f"{kind}_{number[0] if number else 8}"
 
 
 def _unusable(name: str, expression: str) -> str | None:

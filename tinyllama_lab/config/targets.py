@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 # of a Llama; other architectures have other names for the same layers
 TARGET_GROUPS = {
@@ -14,6 +14,9 @@ TARGET_GROUPS = {
 LLAMA_MODULES = (*TARGET_GROUPS["attention"], *TARGET_GROUPS["mlp"])
 EXPRESSION = "regex:"  # begins a value of `lora.targets` that is matched with whole module names
 LAYERS = re.compile(r"all|(first|last)_[1-9]\d*")
+# state-space models, and the modules whose weights their kernels read past an adapter; as in PEFT
+STATE_SPACE = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+_READ_PAST = ("conv1d", "out_proj")
 _ADAPTERS_SHARE = 0.23  # of a step on a CPU, where all modules are adapted; benchmarks/README.md
 # of architectures where queries, keys and values come from one matrix
 _FUSED = {"qkv_proj", "query_key_value", "c_attn", "Wqkv"}
@@ -56,6 +59,28 @@ def missing_names(names: Sequence[str], modules: Sequence[str]) -> list[str]:
     """Return those names, whole or the end of one, that none of the modules has."""
     ends = [f".{module}" for module in modules]
     return [name for name in names if not any(end.endswith(f".{name}") for end in ends)]
+
+
+def state_space_problem(
+    kind: str | None, adapted: Iterable[str], linear: Iterable[str], targets: str | list[str]
+) -> str | None:
+    """Return the problem of adapting a module that a state-space model reads itself, or None.
+
+    Args:
+        kind: `model_type` of the model's configuration.
+        adapted: full names of the modules that would be adapted.
+        linear: those of all linear layers.
+        targets: `lora.targets`.
+    """
+    wrong = {name.rpartition(".")[2] for name in adapted} & {*_READ_PAST}
+    if kind not in STATE_SPACE or not wrong:
+        return None
+    others = sorted({name.rpartition(".")[2] for name in linear} - {*_READ_PAST})
+    return (
+        f"lora.targets must leave out {', '.join(sorted(wrong))} in a state-space model "
+        f"({kind}), whose kernels read that weight past its adapter, got {targets!r}; set "
+        f"lora.targets=[{','.join(others)}]"
+    )
 
 
 def layer_numbers(layers: str | Sequence[int], count: int) -> list[int]:

@@ -34,7 +34,7 @@ _SUPERVISED = "bold green"
 
 def report(configs: Sequence[Mapping[str, Any]], console: Console) -> list[LabError]:
     """Print every data set; return the errors of those that cannot be trained on."""
-    from tinyllama_lab.core.training.attempt import prepare  # late: its libraries print on import
+    from tinyllama_lab.core.training.prepare import prepare  # late: its libraries print on import
 
     caches: dict[str, DataCache] = {}
     refused: list[LabError] = []

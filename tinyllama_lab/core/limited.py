@@ -1,67 +1,13 @@
-"""Limits the time and memory of what a model's folder makes this process compute."""
+"""Renders the chat template of a model, which anyone may have written, within limits."""
 
 from __future__ import annotations
 
-import resource
-import signal
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from typing import Any
 
+from tinyllama_lab.config.limited import limited
 from tinyllama_lab.errors import ModelError
-from tinyllama_lab.metrics import MIB
 
-_MOST_SECONDS = 5.0
-_SOON_S = 1e-4  # a timer of 0 s would never end
 _LONGEST = 2**26  # characters of a conversation; rows of files are shorter
-_MOST_MIB = 1024  # beyond what the process has
-_SIZE = "/proc/self/statm"  # its first number: pages of the process
-
-
-@contextmanager
-def limited(what: str, remedy: str, seconds: float = _MOST_SECONDS) -> Iterator[None]:
-    """Stop the block after some seconds, or when it takes too much memory.
-
-    Signals reach the main thread alone, so that a block in another one has no limit. Where the
-    system does not tell the size of a process, its memory has none.
-
-    Args:
-        what: the part of the model, for the message.
-        remedy: what to do about it.
-        seconds: of wall time.
-
-    Raises:
-        ModelError: the block took too much.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    error = ModelError(
-        f"{what} must take at most {seconds:g} s and {_MOST_MIB} MiB, and takes more; {remedy}"
-    )
-
-    def stop(number: int, frame: Any) -> None:
-        raise error
-
-    before = signal.signal(signal.SIGALRM, stop)
-    memory = resource.getrlimit(resource.RLIMIT_AS)
-    # a process has one such timer, which may be that of a caller
-    left_s, interval_s = signal.setitimer(signal.ITIMER_REAL, seconds)
-    begin = time.monotonic()
-    try:
-        _limit_memory(memory)
-        yield
-    except MemoryError:
-        raise error from None
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        resource.setrlimit(resource.RLIMIT_AS, memory)
-        signal.signal(signal.SIGALRM, before)
-        if left_s:  # what ran out meanwhile comes now
-            rest_s = max(left_s - (time.monotonic() - begin), _SOON_S)
-            signal.setitimer(signal.ITIMER_REAL, rest_s, interval_s)
 
 
 def render(tokenizer: Any, messages: Any, **options: Any) -> Any:
@@ -81,12 +27,3 @@ def render(tokenizer: Any, messages: Any, **options: Any) -> Any:
             f"{what} must write at most {_LONGEST} characters, got {len(rendered)}; {remedy}"
         )
     return rendered
-
-
-def _limit_memory(present: tuple[int, int]) -> None:
-    with suppress(OSError, ValueError):
-        with open(_SIZE, "rb", buffering=0) as file:  # for every conversation of a data set
-            pages = int(file.read(100).split()[0])
-        most = pages * resource.getpagesize() + _MOST_MIB * MIB
-        if present[0] == resource.RLIM_INFINITY or most < present[0]:
-            resource.setrlimit(resource.RLIMIT_AS, (most, present[1]))

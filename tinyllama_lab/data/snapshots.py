@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tinyllama_lab.config.command import typed
+from tinyllama_lab.data.architectures import check_known
 from tinyllama_lab.data.cache import file_digest
 from tinyllama_lab.data.sources import FORMATS, data_files
 from tinyllama_lab.errors import ModelError, shown
@@ -134,11 +135,12 @@ def check_task(folder: Path) -> None:
     whose names contain no task, and loads some models of text and images for text alone.
 
     Raises:
-        ModelError: the model is quantized, has an adapter next to it, or `config.json` names no
-            causal language model.
+        ModelError: transformers does not know the model, it is quantized, has an adapter next to
+            it, or `config.json` names no causal language model.
     """
     config = _json(folder / "config.json")
     config = config if isinstance(config, dict) else {}
+    check_known(folder, config)
     if "quantization_config" in config:
         raise ModelError(
             f"{folder} must hold weights that are not quantized, got a model that was saved "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from tinyllama_lab.config.command import study_settings, sweep_command
 from tinyllama_lab.config.resolve import resolved
 from tinyllama_lab.config.schema import ALL, Config, EvalConfig
 from tinyllama_lab.errors import ConfigError
-from tinyllama_lab.study.evaluations import checks_every, read_requested, result_folder
+from tinyllama_lab.study.evaluations import CHECKS, checks_every, read_requested, result_folder
 from tinyllama_lab.study.pack import BaseSettings
 from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.study.trial import (
@@ -111,9 +111,14 @@ def rows_seen(train: Mapping[str, Any], rows: float) -> float:
     return float(rows * train["epochs"])
 
 
+def steps_of(train: Mapping[str, Any], rows: float) -> int:
+    """Return the optimizer steps of a training with `rows` rows."""
+    return max(1, math.ceil(rows_seen(train, rows) / int(train["batch_size"])))
+
+
 def checks_of(train: Mapping[str, Any], rows: float) -> int:
     """Return how often a training with `rows` rows takes its held-out loss."""
-    steps = math.ceil(rows_seen(train, rows) / train["batch_size"])
+    steps = steps_of(train, rows)
     every = checks_every(train, steps)
     return math.ceil(steps / every) if every else 0
 
@@ -296,7 +301,7 @@ def make_plan(cells: Sequence[Cell], configs: Sequence[Config], study: StudyFold
         if trial.key not in known:
             known.add(trial.key)
             _add(plan, plan_trial(cell, science, trial, swept))
-    plan.notes += _outdated_note(plan)
+    plan.notes += [*_outdated_note(plan), *_late_checks(plan.todo)]
     return plan
 
 
@@ -311,6 +316,22 @@ def _outdated_note(plan: Plan) -> list[str]:
         f"little (numerics {', '.join(map(str, sorted(set(versions))))}, now {NUMERICS}); "
         f"retry={OUTDATED} trains them anew"
     ]
+
+
+def _late_checks(trials: Sequence[Planned]) -> Iterator[str]:
+    """Yield a note where `train.eval_every` is more than the steps that are known of a trial."""
+    late: dict[int, int] = {}  # the most steps by the value that exceeds them
+    for settings in (planned.config for planned in trials):
+        train, rows = settings["train"], settings["data"]["n"]
+        every, is_known = train.get("eval_every"), rows != ALL or train["max_steps"] is not None
+        if every and is_known and every > (steps := steps_of(train, 0 if rows == ALL else rows)):
+            late[every] = max(steps, late.get(every, 0))
+    for every, steps in late.items():
+        yield (
+            f"train.eval_every={every} is more than the {steps} steps of a training, so that the "
+            f"held-out loss in training is taken after the last one alone; "
+            f"set train.eval_every={math.ceil(steps / CHECKS)}"
+        )
 
 
 def plan_trial(

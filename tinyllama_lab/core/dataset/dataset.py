@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tinyllama_lab.config.schema import DataConfig
 from tinyllama_lab.core.dataset.example import Example, clusters, with_text
+from tinyllama_lab.core.dataset.lengths import check_lengths, too_few
 from tinyllama_lab.core.dataset.prompts import PromptFormat
 from tinyllama_lab.core.dataset.records import read_split
 from tinyllama_lab.data.formats.cells import UnusableRow
@@ -270,13 +271,8 @@ class Encoder:
     def _way_to_fit(self, prompt: int) -> str:
         """Return the advice for a prompt of `prompt` tokens that leaves no room."""
         if self._positions is not None and prompt >= self._positions:
-            return _too_few(self._positions)
+            return too_few(self._positions)
         return f"raise data.max_length={self._data.max_length}"
-
-
-def _too_few(positions: int) -> str:
-    """Return the advice if no `data.max_length` makes room for an answer."""
-    return f"shorten the prompts, or take a model with more than {positions} positions"
 
 
 def _check_template(tokenizer: PreTrainedTokenizerBase, split: Split, data: DataConfig) -> None:
@@ -291,41 +287,6 @@ def _check_template(tokenizer: PreTrainedTokenizerBase, split: Split, data: Data
             "chats, system turns and tools need a tokenizer with a chat template, and this model "
             "has none; take a model that was made for chats, or save a template with the "
             "tokenizer of this one"
-        )
-
-
-def check_lengths(examples: Sequence[Example], positions: int | None) -> None:
-    """Refuse sequences that are longer than the model supports.
-
-    Raises:
-        DataError: the longest sequence exceeds `positions`.
-    """
-    longest = max(examples, key=lambda example: len(example.ids))
-    if positions is not None and len(longest.ids) > positions:
-        fit = sum(len(example.prompt_ids) < positions for example in examples)
-        way_out = f"set data.max_length={positions}" if fit else _too_few(positions)
-        left_out = f", which leaves out {len(examples) - fit} of {len(examples)} rows"
-        raise DataError(
-            f"a sequence must fit the model's {positions} positions, got one of "
-            f"{len(longest.ids)} tokens (row {longest.number}); {way_out}"
-            f"{left_out if 0 < fit < len(examples) else ''}"
-        )
-
-
-def check_room(
-    examples: Iterable[Example], positions: int | None, new_tokens: int, setting: str
-) -> None:
-    """Refuse prompts that leave no room for `new_tokens`, the value of `setting`.
-
-    Raises:
-        DataError: the longest prompt and the new tokens exceed `positions`.
-    """
-    longest = max((len(example.prompt_ids) for example in examples), default=0)
-    if positions is not None and longest + new_tokens > positions:
-        raise DataError(  # there is room: a sequence that fits is longer than its prompt
-            f"a prompt and what is written after it must fit the model's {positions} positions, "
-            f"got a prompt of {longest} tokens and {setting}={new_tokens}; set "
-            f"{setting}={positions - longest}"
         )
 
 

@@ -144,11 +144,11 @@ def loss_metrics(losses: Sequence[ExampleLoss], is_base: bool = False) -> dict[s
     """
     mean = mean_loss(losses)
     if not math.isfinite(mean):
-        way_out = "take another model" if is_base else "lower train.lr"
-        raise DivergedError(
-            f"the held-out loss{' of the base' * is_base} must be finite, got {mean}; {way_out}, "
-            "or set train.precision=fp32 where the base itself overflows"
-        )
+        # the weights of a base were finite when it was loaded
+        whose, way_out = "", "lower train.lr"
+        if is_base:
+            whose, way_out = " of the base", "set train.precision=fp32, or take another model"
+        raise DivergedError(f"the held-out loss{whose} must be finite, got {mean}; {way_out}")
     # exp overflows a double above 709
     perplexity = math.exp(min(mean, 700.0))
     bits = {f"eval/{name}": value for name, value in bits_per_byte(losses).items()}

@@ -31,12 +31,13 @@ from tinyllama_lab.core.models.lora import whole_shape
 from tinyllama_lab.core.models.quiet import no_progress_bar
 from tinyllama_lab.data import hub
 from tinyllama_lab.data.snapshots import check_task
-from tinyllama_lab.errors import ModelError, shown
+from tinyllama_lab.errors import ModelError, one_line, shown
 from tinyllama_lab.study.files import user_path
 from tinyllama_lab.study.machine import cpu_has_fast_bf16
 
 # code in a model folder never runs, and transformers does not ask whether it may
 TRUSTED_FILES: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+_UNKNOWN = ("trust_remote_code", "does not recognize this architecture")  # of transformers
 _NOT_TEXT = ("image", "audio", "video")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -85,6 +86,7 @@ def load_base(
         # before the weights, because those take the longest to read
         check_task(folder)
         base_model = load_weights(folder, quant, dtype, device)
+    _check_finite(base_model, folder)
     _own_memory(base_model)
     _keep_stored(base_model)
     # PEFT writes both into `adapter_config.json`, so that an adapter finds its base
@@ -126,6 +128,8 @@ def _loading(model: ModelConfig, folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, AssertionError, SafetensorError, StrictDataclassError) as error:
+        if any(words in str(error) for words in _UNKNOWN):
+            check_task(folder)  # says so in the words of the driver
         if "trust_remote_code" in str(error):  # transformers advises to set it
             raise ModelError(
                 f"model={shown_name(vars(model))} must be a model that transformers itself knows, "
@@ -134,7 +138,7 @@ def _loading(model: ModelConfig, folder: Path) -> Iterator[None]:
             ) from error
         raise ModelError(
             f"model={shown_name(vars(model))} must be a causal language model as transformers "
-            f"saves it, got {folder} ({shown(str(error), 300)}); choose another model, or set "
+            f"saves it, got {folder} ({one_line(str(error), 300)}); choose another model, or set "
             "model.path"
         ) from error
 
@@ -212,6 +216,23 @@ def _check_weights(missing: Collection[str], folder: Path) -> None:
             f"{folder} must hold every weight of a causal language model, got none for "
             f"{shown(', '.join(sorted(missing)), 200)}, which would be random; choose another "
             "model, or save it with its head"
+        )
+
+
+def _check_finite(model: nn.Module, folder: Path) -> None:
+    """Refuse NaN and infinity in weights, on which no loss is finite at any learning rate."""
+    parameters = ((name, p.detach()) for name, p in model.named_parameters() if p.numel())
+    weights = {name: weight for name, weight in parameters if weight.is_floating_point()}
+    # one pass without a copy: both ends are NaN if any value is
+    ends = [torch.stack(torch.aminmax(weight)).float() for weight in weights.values()]
+    are_finite = torch.stack(ends).isfinite().all(1).tolist()
+    name = next((n for n, fine in zip(weights, are_finite, strict=True) if not fine), None)
+    if name is not None:
+        dtype = weights[name].dtype
+        way = "set train.precision=fp32, or " if dtype == torch.float16 else ""
+        raise ModelError(
+            f"a base must have finite weights, got NaN or infinity in {shown(name)} of "
+            f"{folder} as {str(dtype).removeprefix('torch.')}; {way}take another model"
         )
 
 

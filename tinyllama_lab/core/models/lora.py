@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from tinyllama_lab.config.limited import limited
 from tinyllama_lab.config.lora import LoraConfig
 from tinyllama_lab.config.variants import INITIALISATIONS, VARIANTS
-from tinyllama_lab.core.limited import limited
 from tinyllama_lab.core.models import base_weights
 from tinyllama_lab.core.models.quiet import no_peft_deprecation
 from tinyllama_lab.core.models.saved import check_adapter_folder
@@ -32,7 +32,7 @@ from tinyllama_lab.core.models.targets import (
     sides,
     target_modules,
 )
-from tinyllama_lab.errors import ModelError, shown
+from tinyllama_lab.errors import ModelError, one_line
 from tinyllama_lab.study.trial import ADAPTER_WEIGHTS
 
 _NOTED_SHARE = 0.01  # of the weights; if as many have no adapter, a note says so
@@ -241,7 +241,7 @@ def _matching(folder: Path) -> Iterator[None]:
         with limited(f"the expression for modules in {folder}", remedy, seconds=60.0):
             yield
     except (RuntimeError, ValueError, re.error) as error:
-        reason = shown(" ".join(str(error).split()), 200)
+        reason = one_line(str(error))
         raise ModelError(
             f"{folder} must hold an adapter of this base, got {reason}; train it again"
         ) from error

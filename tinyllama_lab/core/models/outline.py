@@ -24,7 +24,7 @@ from tinyllama_lab.core.models import smollm2, tiny
 from tinyllama_lab.core.models.loading import TRUSTED_FILES, is_packaged, load_weights, stored_as
 from tinyllama_lab.data import hub
 from tinyllama_lab.data.snapshots import check_task
-from tinyllama_lab.errors import ModelError, shown
+from tinyllama_lab.errors import ModelError, one_line, shown
 from tinyllama_lab.metrics import MIB
 from tinyllama_lab.study.files import user_path
 
@@ -137,7 +137,7 @@ def read_config(model: ModelConfig) -> Any:
     except (OSError, ValueError) as error:
         raise ModelError(
             f"a plan needs the config.json of the model, and {file} cannot be read "
-            f"({shown(str(error), 200)}); choose another model"
+            f"({one_line(str(error))}); choose another model"
         ) from error
     if not isinstance(raw, dict) or "model_type" not in raw:
         raise _missing(file, "model_type")
@@ -205,7 +205,7 @@ def _check_sizes(file: Path, written: dict[str, Any]) -> None:
 def _unknown(file: Path, error: Exception) -> ModelError:
     return ModelError(
         f"{file} must describe a model that transformers knows, got an error "
-        f"({shown(' '.join(str(error).split()), 200)}); correct it, or choose another model"
+        f"({one_line(str(error))}); correct it, or choose another model"
     )
 
 

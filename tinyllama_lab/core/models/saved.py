@@ -15,7 +15,7 @@ from peft.utils import CONFIG_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from tinyllama_lab.errors import ModelError, shown
+from tinyllama_lab.errors import ModelError, one_line, shown
 from tinyllama_lab.study.trial import ADAPTER_WEIGHTS
 
 # files that are pickles, which may run any code when they are read
@@ -44,7 +44,7 @@ def check_adapter_folder(folder: Path) -> None:
         settings = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(
-            f"{file} must hold the settings of an adapter as JSON, got {shown(str(error), 200)}; "
+            f"{file} must hold the settings of an adapter as JSON, got {one_line(str(error))}; "
             "train the adapter again"
         ) from None
     problem = next(_problems(settings), None) if isinstance(settings, dict) else "no object"
@@ -108,7 +108,7 @@ def _check_weights(file: Path) -> None:
         weights = load_file(file)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(
-            f"{file} must hold the weights of an adapter, got {shown(str(error), 200)}; train "
+            f"{file} must hold the weights of an adapter, got {one_line(str(error))}; train "
             "the adapter again"
         ) from None
     wrong = next((n for n, values in weights.items() if not torch.isfinite(values).all()), None)

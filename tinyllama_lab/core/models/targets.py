@@ -12,10 +12,16 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from tinyllama_lab.config.limited import limited
 from tinyllama_lab.config.lora import LoraConfig
-from tinyllama_lab.config.targets import expression_of, group_names, layer_numbers, missing_names
+from tinyllama_lab.config.targets import (
+    expression_of,
+    group_names,
+    layer_numbers,
+    missing_names,
+    state_space_problem,
+)
 from tinyllama_lab.config.variants import INITIALISATIONS
-from tinyllama_lab.core.limited import limited
 from tinyllama_lab.core.models import base_weights
 from tinyllama_lab.errors import ModelError
 
@@ -97,7 +103,11 @@ def check_matches(
             f"{', '.join(whole)}, got {lora.targets!r} and {lora.layers!r}; this model has layers "
             f"such as {next(iter(linear))}; set {remedy}"
         )
-    _check_patterns(matched, list(config.rank_pattern or ()))
+    kind = getattr(model.config, "model_type", None)
+    if problem := state_space_problem(kind, matched, linear, lora.targets):
+        raise ModelError(problem)
+    with limited("the expressions in lora.rank_pattern", "name modules, such as down_proj"):
+        _check_patterns(matched, list(config.rank_pattern or ()))
     _check_first_values({name: linear[name] for name in matched}, lora, config)
     base_weights.check(model, lora, matched)
 
@@ -118,7 +128,7 @@ def _check_patterns(matched: Sequence[str], patterns: Sequence[str]) -> None:
     if twice := next((name for name, found in by_name.items() if len(found) > 1), None):
         raise ModelError(
             "lora.rank_pattern must give a module one rank, got "
-            f"{' and '.join(map(repr, by_name[twice]))}, which both match {twice}"
+            f"{' and '.join(map(repr, by_name[twice]))}, which both match {twice}; leave one out"
         )
 
 

@@ -179,7 +179,7 @@ class AdapterTrainer:
         lr, progress = self.lr, self.progress
         progress.skipped = progress.skipped + 1 if skipped else 0
         # before the step is recorded: a diverged one leaves no metric and does not count
-        _check(progress.step + 1, loss, norm, progress.skipped, self.settings)
+        _check(progress, loss, norm, self.settings)
         tokens = sum(len(example.ids) for example in self.batch)
         if progress.step > self.resumed_at:
             progress.warm_tokens += tokens
@@ -287,22 +287,23 @@ def _batches_from(
 _GRADIENT = "the gradient must stay finite"
 
 
-def _check(step: int, loss: float, norm: float, skipped: int, train: TrainConfig) -> None:
+def _check(progress: Progress, loss: float, norm: float, train: TrainConfig) -> None:
     """Raise DivergedError if loss or gradient norm is not finite, or the loss is too high."""
+    step, skipped = progress.step + 1, progress.skipped
     # a skipped fp16 step has a non-finite norm, which is normal unless it happens all the time
     is_loss = not math.isfinite(loss)
     if is_loss or (not math.isfinite(norm) and not 0 < skipped < SKIPS_ALLOWED):
         received = f"got loss {loss} and gradient norm {norm} at step {step}"
-        if step == 1:  # a new adapter changes nothing yet: the loss is that of the base
-            rule = "the base itself must give a finite loss" if is_loss else _GRADIENT
-            reason = "its weights hold NaN or infinity, or overflow" if is_loss else "it overflows"
-            raise DivergedError(
-                f"{rule}, {received}, before anything was learned: {reason} with "
-                f"train.precision={train.precision}; take another model, or set "
-                "train.precision=fp32"
-            )
         rule = "the loss must stay finite" if is_loss else _GRADIENT
-        raise DivergedError(f"{rule}, {received}; lower train.lr")
+        if step > 1:
+            raise DivergedError(f"{rule}, {received}; lower train.lr")
+        # a new adapter changes nothing yet: the loss is that of the base, with finite weights
+        rule = "the base itself must give a finite loss" if is_loss else _GRADIENT
+        dtype = progress.dtype.removeprefix("torch.")
+        way_out = "take another model" if dtype == "float32" else "set train.precision=fp32"
+        raise DivergedError(
+            f"{rule}, {received}, before anything was learned: it overflows in {dtype}; {way_out}"
+        )
     if train.max_loss is not None and loss > train.max_loss:
         if step == 1:
             raise DivergedError(

@@ -13,16 +13,16 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from tinyllama_lab.config.schema import DataConfig, EvalConfig, Science, part
+from tinyllama_lab.config.schema import Science, part
 from tinyllama_lab.core.card import Facts, trial_card
 from tinyllama_lab.core.context import WorkerContext
-from tinyllama_lab.core.dataset.dataset import STYLE, DataCache, Example, Prepared, check_room
+from tinyllama_lab.core.dataset.dataset import STYLE, Example, Prepared
 from tinyllama_lab.core.dataset.prompts import PromptFormat
 from tinyllama_lab.core.engines.base import Adapter
-from tinyllama_lab.core.evaluation import latency
 from tinyllama_lab.core.evaluation.run import Subject, write_eval_table
 from tinyllama_lab.core.out_of_memory import is_out_of_memory
 from tinyllama_lab.core.training.adapter_trainer import AdapterTrainer
+from tinyllama_lab.core.training.prepare import prepare
 from tinyllama_lab.core.training.step_schedule import first_epoch
 from tinyllama_lab.errors import (
     BaseError,
@@ -316,21 +316,6 @@ def _log_to(trial: TrialFolder) -> logging.Handler:
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
     return handler
-
-
-def prepare(cache: DataCache, data: DataConfig, settings: EvalConfig, seed: int = 0) -> Prepared:
-    """Return the data of a trial, and check that prompts leave room for generated tokens.
-
-    Raises:
-        DataError: the data cannot be read, or does not fit the model.
-    """
-    prepared = cache.prepare(data, seed, settings.rows)
-    prompt_examples, new_tokens = prepared.heldout[: settings.generations], settings.max_new_tokens
-    check_room(prompt_examples, cache.positions, new_tokens, "eval.max_new_tokens")
-    if new_tokens := settings.latency_tokens:
-        timed_examples = latency.prompts(prepared.heldout, settings.latency_batch)
-        check_room(timed_examples, cache.positions, new_tokens, "eval.latency_tokens")
-    return prepared
 
 
 def count_attempt(log: EventLog, trial: TrialFolder) -> int:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from tinyllama_lab.config.schema import Science, part
 from tinyllama_lab.core.context import WorkerContext
 from tinyllama_lab.core.dataset.dataset import DataCache
-from tinyllama_lab.core.training.attempt import Attempt, classify, count_attempt, prepare
+from tinyllama_lab.core.training.attempt import Attempt, classify, count_attempt
+from tinyllama_lab.core.training.prepare import prepare
 from tinyllama_lab.errors import LabError
 from tinyllama_lab.study.events import EventLog
 from tinyllama_lab.study.pack import Task

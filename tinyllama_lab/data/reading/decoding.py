@@ -20,7 +20,7 @@ from pathlib import Path
 from tinyllama_lab.config.command import typed
 from tinyllama_lab.data.reading.encodings import ENCODINGS, guess_encodings, misplaced_share
 from tinyllama_lab.data.reading.unsupported import UnsupportedKind, unsupported_kind
-from tinyllama_lab.errors import DataError, EncodingError, shown
+from tinyllama_lab.errors import DataError, EncodingError, one_line, shown
 
 COMPRESSED = (".gz", ".bz2", ".xz")  # what the standard library decompresses
 _BOMS = (
@@ -144,7 +144,7 @@ def read_bytes(file: DataFile) -> bytes:
     except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
         raise DataError(
             f"{file} must be a complete archive, got one that cannot be unpacked "
-            f"({shown(str(error))}); download or write it again"
+            f"({one_line(str(error), 80)}); download or write it again"
         ) from None
     check_readable(file, content)
     return content

@@ -20,7 +20,7 @@ from tinyllama_lab.data.formats.cells import (
 )
 from tinyllama_lab.data.reading.decoding import DataFile, check_readable, read_bytes, read_text
 from tinyllama_lab.data.reading.json_rows import Record, read_json
-from tinyllama_lab.errors import DataError, shown
+from tinyllama_lab.errors import DataError, one_line, shown
 
 _DELIMITERS = ",;\t|"
 _SNIFFED_ROWS = 50
@@ -244,7 +244,7 @@ def _read_table(file: DataFile, kind: str, read: Callable[[BinaryIO], Any]) -> l
             return arrow_records(table)
     except (pa.ArrowException, ValueError) as error:
         raise DataError(
-            f"{file} must be {kind}, got: {shown(str(error))}; download or write it again"
+            f"{file} must be {kind}, got: {one_line(str(error), 80)}; download or write it again"
         ) from None
 
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from tinyllama_lab.config.schema import ALL, HUB_COLUMNS, Config, DataConfig, ModelConfig, Science
 from tinyllama_lab.config.validate import build
 from tinyllama_lab.data import cache, hub
-from tinyllama_lab.data.snapshots import fewest_positions
+from tinyllama_lab.data.snapshots import check_task, fewest_positions
 from tinyllama_lab.data.sources import content_digest, load_held_out, load_rows
 from tinyllama_lab.data.splits.enough import check_enough
 from tinyllama_lab.data.splits.local_split import load_split
@@ -49,7 +49,10 @@ def model_identity(model: ModelConfig) -> str:
         except ModelError as error:
             raise ModelError(f"{error}{'' if exists(path) else hub_way('model', path)}") from error
     if model.source == "hub":
-        return hub.resolve(str(model.repo), model.revision, "model")
+        commit = hub.resolve(str(model.repo), model.revision, "model")
+        if folder := folder_of(model):  # else the worker downloads and checks it
+            check_task(folder)
+        return commit
     # the package comes first, because it needs no network
     package = cache.SMOLLM2_PACKAGE
     if importlib.util.find_spec(package.replace("-", "_")) is not None:
@@ -202,11 +205,17 @@ def length_problems(config: Science) -> list[str]:
         "eval.max_new_tokens": evaluation.max_new_tokens if evaluation.generations else 0,
         "eval.latency_tokens": evaluation.latency_tokens,
     }
+    longest = max(lengths, key=lengths.__getitem__)
+    if positions is None or lengths[longest] < positions:
+        return []
+    room = max(1, positions // 4)
+    # prompts of `data.max_length` are left out, so that whatever the rows are, these fit together
+    most = {**dict.fromkeys(lengths, room), "data.max_length": max(1, positions - room)}
+    values = {**lengths, "data.max_length": config.data.max_length}
+    advice = " ".join(f"{name}={most[name]}" for name in values if values[name] > most[name])
     return [
         f"a prompt and its completion must fit the model's {positions} positions, got "
-        f"{name}={count}; set {name}={max(1, positions // 2)}"
-        for name, count in lengths.items()
-        if positions is not None and count >= positions
+        f"{longest}={lengths[longest]}; set {advice}"
     ]
 
 

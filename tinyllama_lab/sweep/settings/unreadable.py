@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Sequence
+from typing import get_origin
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -44,6 +45,8 @@ ALIASES = {
     "pruner": "hydra.sweeper.pruner",
 }
 _PAIRS = {"(": ")", "[": "]", "{": "}"}
+_NAMED = re.compile(r"\s*(.+?)\s*:\s*(-?\d+)\s*(?:,|$)")  # a name with an integer, in braces
+_SPECIAL = re.compile(r"[()\[\]{}:=,\s]")  # Hydra reads them in a name after a backslash alone
 
 
 def unreadable(text: str, many: bool) -> str:
@@ -61,6 +64,11 @@ def unreadable(text: str, many: bool) -> str:
     if not is_known and re.fullmatch(r"[\w.]+", key):
         return f"{key} is not a setting{hint_to(key)}"
     form = "key=value or key=value,value" if many else "key=value"
+    if typed := _with_plain_names(key, value):
+        return (
+            f"{key} must have names without quotes, and a backslash before brackets, commas and "
+            f"spaces in a name, got {value}; type {shlex.quote(typed)}"
+        )
     way_out = way_to_name(key, value) or (way_to_type(key, value, many) if key in _KEYS else "")
     if not way_out and (repaired := _repaired(key, value)):
         needs_m = "" if many or "," not in repaired else "-m "
@@ -141,6 +149,29 @@ def _repaired(key: str, value: str) -> str:
     # a suggestion must be valid itself
     parts = [OverridesParser.create().parse_override(f"{key}={v}") for v in plain.split(",")]
     return text if plain and all(_is_right(key, part.value()) for part in parts) else ""
+
+
+def _with_plain_names(key: str, value: str) -> str:
+    """Return a setting that maps names to integers as Hydra reads it; empty if there is no way."""
+    takes_names = key in _KEYS and any(get_origin(kind) is dict for kind in config.kinds_of(key))
+    inside = re.fullmatch(r"\s*\{(.*)\}\s*", value)
+    if not takes_names or inside is None or _NAMED.sub("", inside[1]).strip():
+        return ""
+    names = {_unquoted(name): int(number) for name, number in _NAMED.findall(inside[1])}
+    pairs = ", ".join(_SPECIAL.sub(r"\\\g<0>", n) + f": {rank}" for n, rank in names.items())
+    text = f"{key}={{{pairs}}}"
+    try:
+        is_same = OverridesParser.create().parse_override(text).value() == names
+    except HydraException:
+        return ""
+    return text if is_same and not config.value_problem(key, names) else ""
+
+
+def _unquoted(name: str) -> str:
+    """Return a name without quotes around it, and without the backslashes that are needed then."""
+    if len(name) > 1 and name[0] == name[-1] and name[0] in "\"'":
+        return name[1:-1].replace(f"\\{name[0]}", name[0])
+    return re.sub(r"\\([()\[\]{}:=,\s])", r"\1", name)
 
 
 def _is_right(key: str, value: object) -> bool:
