@@ -8,7 +8,7 @@ PIP    := $(RUN) -m pip install --disable-pip-version-check --quiet -c constrain
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor demo test lint ui sweep report chat serve deploy bench gpu-check clean
+.PHONY: help setup doctor demo test lint ui sweep report chat serve deploy bench faults gpu-check clean
 
 help:  ## Show the targets; all take ARGS
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -66,6 +66,9 @@ bench:  ## Measure against the peers: make bench ARGS="--quick"
 	@$(RUN) -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("trl"))' \
 	  || $(PIP) -e '.[bench]'
 	$(RUN) -m benchmarks.sweep --json sweeps/benchmark.json $(ARGS)
+
+faults: $(READY)  ## Kill, damage and starve sweeps, and count what became of them: 15 minutes
+	$(RUN) -m tests.faults $(ARGS)
 
 gpu-check: $(READY)  ## Check correctness, memory and speed on a CUDA GPU, in 9 minutes
 	$(RUN) -m benchmarks.gpu $(ARGS)
