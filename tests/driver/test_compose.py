@@ -208,6 +208,11 @@ def test_a_file_or_repository_as_an_option_is_answered_with_what_to_type(
     assert problems(*shlex.split(way_out)) == []
 
 
+def test_a_word_that_is_no_expression_is_refused_as_any_other() -> None:
+    with pytest.raises(ConfigError, match="y=mine"):
+        check_command(["-m", '[y=mine"stud', "data=file", "data.path=missing.jsonl"])
+
+
 def test_a_word_that_is_no_option_gets_the_nearest_one() -> None:
     (problem,) = problems("data=travl")
     assert problem.endswith("; did you mean 'travel'?")

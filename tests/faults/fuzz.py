@@ -198,6 +198,8 @@ def _judge(
             count.fail(f"{kind}: a message of {len(str(error))} characters")
         else:
             count.add(f"{kind} refused")
+    except SystemExit as end:  # of a flag that Hydra's parser refuses
+        count.add(f"{kind} refused") if end.code == 2 else count.fail(f"{kind}: exit {end.code}")
     except Exception as error:
         dice.setstate(state)
         what = command(dice) if kind == "commands" else dice.random()

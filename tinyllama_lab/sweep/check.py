@@ -147,7 +147,8 @@ def _meant(text: str) -> str:
 
 def _names(problem: str, keys: Iterable[str]) -> bool:
     """Return whether a problem names one of `keys`, or a setting of a group among them."""
-    words = (rf"{key}\b" if key in _KEYS else rf"{key}[.=]|the {key}\b" for key in keys)
+    spelled = ((key in _KEYS, re.escape(key)) for key in keys)  # anything may have been typed
+    words = (rf"{key}\b" if is_key else rf"{key}[.=]|the {key}\b" for is_key, key in spelled)
     return any(re.search(rf"(?<![\w.])(?:{word})", problem) for word in words)
 
 
