@@ -16,6 +16,13 @@ from threading import Thread
 from urllib.error import HTTPError, URLError
 
 STARTS_WITHIN_S = 90.0
+LOCKER = """
+import sqlite3, sys, time
+database = sqlite3.connect(sys.argv[1], isolation_level=None)
+database.execute("begin exclusive")
+print("locked", flush=True)
+time.sleep(float(sys.argv[2]))
+"""
 
 
 class Server:
@@ -118,3 +125,11 @@ class SlowProxy:
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.uri = f"http://127.0.0.1:{self._http.server_address[1]}"
         Thread(target=self._http.serve_forever, daemon=True).start()
+
+
+def lock(database: Path, seconds: float) -> subprocess.Popen[bytes]:
+    """Return a process that has locked a SQLite file, and ends after a while."""
+    command = [sys.executable, "-c", LOCKER, str(database), str(seconds)]
+    other = subprocess.Popen(command, stdout=subprocess.PIPE)
+    assert other.stdout is not None and other.stdout.readline()
+    return other

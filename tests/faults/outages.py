@@ -25,7 +25,7 @@ from pathlib import Path
 
 from tests import studies
 from tests.faults.fault import Count, Draw, FaultClass
-from tests.faults.mlflow_server import Server, SlowProxy
+from tests.faults.mlflow_server import Server, SlowProxy, lock
 from tinyllama_lab.config.schema import TrackingConfig
 from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.study.trial import TrialFolder
@@ -40,13 +40,6 @@ LONGEST_CALL_S = 0.25
 SLOW_S, STOPPED_S, LOCKED_S = 2.0, 12.0, 25.0
 MANY = 100_000  # points
 COMMANDS = 3  # after which everything must be there
-LOCKER = """
-import sqlite3, sys, time
-database = sqlite3.connect(sys.argv[1], isolation_level=None)
-database.execute("begin exclusive")
-print("locked", flush=True)
-time.sleep(float(sys.argv[2]))
-"""
 SUMMARY = {"best/eval/loss": 1.5}
 
 
@@ -142,9 +135,7 @@ def slow(site: Site) -> Iterator[None]:
 def locked(site: Site) -> Iterator[None]:
     site.in_process()
     yield
-    command = [sys.executable, "-c", LOCKER, str(site.database), str(LOCKED_S)]
-    other = subprocess.Popen(command, stdout=subprocess.PIPE)
-    assert other.stdout is not None and other.stdout.readline()
+    other = lock(site.database, LOCKED_S)
     yield
     yield
     other.communicate()
@@ -165,7 +156,8 @@ def experiment_deleted(site: Site) -> Iterator[None]:
     site.server.start()
     client = MlflowClient(tracking_uri=site.uri)
     yield
-    client.delete_experiment(client.get_experiment_by_name(NAME).experiment_id)
+    (experiment,) = client.search_experiments(filter_string=f"name = '{NAME}'")
+    client.delete_experiment(experiment.experiment_id)
     yield
     yield
 
@@ -188,13 +180,19 @@ def many_points(site: Site) -> Iterator[None]:
     yield
     yield
     site.server.start()
-    killer = threading.Timer(12.0, site.server.kill)
+    killer = threading.Thread(target=_kill_in_the_middle, args=(site,), daemon=True)
     killer.start()
     status = site.track()
     killer.join()
     site.note = f", killed after {stored_points(site.database).total():,}"
     assert status == 1, "it was killed too late"
     site.server.start()
+
+
+def _kill_in_the_middle(site: Site) -> None:
+    while stored_points(site.database).total() < MANY // 3:
+        time.sleep(0.2)
+    site.server.kill()
 
 
 FAULTS: dict[str, Fault] = {
@@ -232,8 +230,8 @@ def sweep(site: Site, fault: Iterator[None]) -> None:
             if tick in (TICKS * len(trials) // 3, 2 * TICKS * len(trials) // 3):
                 next(fault)
             _write_part(trial, events[trial.key], number)
-            if number % 5 == 4:
-                with site.timed():
+            with site.timed():
+                if number % 5 == 4:
                     tracker.sync(trial)
             time.sleep(TICK_S)
         result, _ = trial.read_result()
@@ -303,8 +301,8 @@ def problems(site: Site, is_swept: bool) -> list[str]:
     if any(record.exc_info for record in site.said):
         found.append("a traceback was logged")
     if "/slow" not in str(site.folder):
-        is_noticed = any("could not write" in record.getMessage() for record in site.said)
-        found += [] if is_noticed else ["the tracker did not meet the fault"]
+        if not any("could not write" in record.getMessage() for record in site.said):
+            found.append("the tracker did not meet the fault")
     return found
 
 
@@ -336,10 +334,7 @@ def one_run(root: Path, name: str) -> tuple[str, list[str]]:
     began = time.monotonic()
     try:
         fault = FAULTS[name](site)
-        if is_swept:
-            sweep(site, fault)
-        else:
-            list(fault)
+        sweep(site, fault) if is_swept else list(fault)
         sent_again = 0
         while (status := site.track()) != 0 and sent_again < COMMANDS:
             sent_again += 1
