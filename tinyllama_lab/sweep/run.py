@@ -163,7 +163,7 @@ def _run_tracked(
 ) -> None:
     """Send what the tracking server lacks, run what there is to run, and record all of it."""
     unsynced_trials = unsynced(plan, session.workdir)
-    tracker = track.open_tracker(plan.study, plan.config.tracking, session.workdir)
+    tracker = track.open_in_background(plan.study, plan.config.tracking, session.workdir)
     stopped, summary = True, dict[str, float]()
     try:
         # results of earlier commands that did not reach the server

@@ -7,6 +7,7 @@ stops a sweep.
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -156,7 +157,9 @@ class Mirror(Tracker):
         # one warning is enough for an outage
         level = logging.DEBUG if self._has_warned else logging.WARNING
         self._has_warned = True
-        cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        # SQLAlchemy adds the statement and a link
+        cause = re.split(r"\[SQL: |\(Background on", " ".join(str(error).split()))[0].strip()
+        cause = f"{type(error).__name__}: {cause}"
         _logger.log(
             level,
             f"tracking could not write to {without_password(self._uri)}: "

@@ -6,8 +6,10 @@ import json
 import os
 import re
 import shlex
+import sqlite3
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,6 +128,21 @@ def sqlite_file(uri: str) -> Path | None:
     """Return the database file of a SQLite address, or None."""
     file = _database(uri) if uri.startswith("sqlite") else None
     return Path(file) if file else None
+
+
+def check_database(uri: str) -> None:
+    """Raise the error of a SQLite file that cannot be read.
+
+    MLflow would try for minutes to open it, and wait 20 seconds for a locked one.
+    """
+    file = sqlite_file(uri)
+    if file is None or not file.exists():
+        return
+    if file.is_dir():
+        raise IsADirectoryError(f"{file} is a folder")
+    address = f"file:{quote(str(file.absolute()))}?mode=ro"
+    with closing(sqlite3.connect(address, timeout=5, uri=True)) as database:
+        database.execute("pragma schema_version")
 
 
 def _database(uri: str) -> str | None:

@@ -11,7 +11,9 @@ import logging
 import os
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING
 
 from filelock import FileLock
@@ -22,6 +24,7 @@ from tinyllama_lab.study.exports import Exports
 from tinyllama_lab.study.files import SHARED_BYTES, publish
 from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.study.trial import Result, State, TrialFolder, canonical_json
+from tinyllama_lab.sweep.tracking.background import Background
 from tinyllama_lab.sweep.tracking.mirror import FollowedTrial, Mirror, NullTracker, Tracker
 from tinyllama_lab.sweep.tracking.record import (
     Entry,
@@ -30,6 +33,7 @@ from tinyllama_lab.sweep.tracking.record import (
     Tracked,
     artifact_root,
     as_table,
+    check_database,
     is_mirrored,
     merge_generations,
     points_at,
@@ -53,9 +57,18 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import DatasetInput, Run
 
-__all__ = ["NullTracker", "Tracker", "is_mirrored", "open_tracker", "tracking_uri", "view_hint"]
+__all__ = [
+    "NullTracker",
+    "Tracker",
+    "is_mirrored",
+    "open_in_background",
+    "open_tracker",
+    "tracking_uri",
+    "view_hint",
+]
 
 _BATCH = 1000  # metrics; the most that MLflow accepts in one request
+_FEW = 100  # metrics; MLflow finds this many repeated ones with one query
 _PARAMS = 100  # parameters; likewise
 _TABLE = "generations.json"
 # without this tag, the UI opens the experiment as one about prompts and traces
@@ -64,22 +77,34 @@ _ENVIRONMENT = {  # set before mlflow is imported, unless the user has set it
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    # a server may carry out a request after its answer was given up: a retry would make two runs
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 
 
-def open_tracker(study: StudyFolder, tracking: TrackingConfig, workdir: Path) -> Tracker:
-    """Return the tracker of a study. Call it before any pack is started: it creates the database.
+def open_tracker(
+    study: StudyFolder, tracking: TrackingConfig, workdir: Path, given_up: Event | None = None
+) -> Tracker:
+    """Return the tracker of a study, which sends no request once `given_up` is set.
 
     Runs that a killed driver left RUNNING become KILLED.
     """
     if not tracking.enabled:
         return NullTracker()
     uri = tracking_uri(tracking, workdir)
-    return Mirror(study, uri, _MlflowStore(study, uri, artifact_root(tracking, workdir)))
+    store = _MlflowStore(study, uri, artifact_root(tracking, workdir), given_up or Event())
+    return Mirror(study, uri, store)
+
+
+def open_in_background(study: StudyFolder, tracking: TrackingConfig, workdir: Path) -> Tracker:
+    """Return a tracker that never waits for a server, except at its end."""
+    if not tracking.enabled:
+        return NullTracker()
+    _import_mlflow()  # here: two threads that import at the same time can meet half a module
+    return Background(partial(open_tracker, study, tracking, workdir))
 
 
 class _MlflowStore:
@@ -89,17 +114,28 @@ class _MlflowStore:
     of the user.
     """
 
-    def __init__(self, study: StudyFolder, uri: str, artifacts: str | None) -> None:
+    def __init__(
+        self, study: StudyFolder, uri: str, artifacts: str | None, given_up: Event
+    ) -> None:
         self._study, self._uri, self._artifacts = study, uri, artifacts
-        self._client: MlflowClient
-        self._has_client = False
+        self._given_up = given_up
+        self._made: MlflowClient | None = None
+        self._unsure: set[str] = set()  # runs that may have points which are sent again
+
+    @property
+    def _client(self) -> MlflowClient:
+        """The client, for the next request."""
+        if self._given_up.is_set():
+            raise InterruptedError("the command was stopped")
+        if self._made is None:
+            self._made = _make_client(self._uri)
+        return self._made
 
     def connect(self, tracked: Tracked, followed: Collection[str]) -> None:
-        if not self._has_client:
-            self._client, self._has_client = _make_client(self._uri), True
+        check_database(self._uri)
         tracked.experiment_id = self._find_experiment()
-        runs = self._search(tracked)
-        known = {run.info.run_id for run in runs}
+        runs = self._without_doubles(tracked, self._search(tracked))
+        known = self._unsure = {run.info.run_id for run in runs}
         # runs that were deleted in the UI are created again
         tracked.trials = {k: e for k, e in tracked.trials.items() if e.run_id in known}
         for run in runs:
@@ -144,6 +180,18 @@ class _MlflowStore:
             token = page.token
             if not token:
                 return runs
+
+    def _without_doubles(self, tracked: Tracked, runs: list[Run]) -> list[Run]:
+        """Delete second runs of a trial: a server may create one after its answer was given up."""
+        known = {tracked.parent_run_id, *(entry.run_id for entry in tracked.trials.values())}
+        kept: dict[str, Run] = {}
+        # the run that points were sent to, else the oldest
+        for run in sorted(runs, key=lambda run: run.info.run_id not in known):
+            tags = run.data.tags
+            key = tags.get("key") or tags.get("kind") or run.info.run_id
+            if kept.setdefault(key, run) is not run:
+                self._client.delete_run(run.info.run_id)
+        return [run for run in runs if run in kept.values()]
 
     def _open_parent(self, tracked: Tracked, parents: list[Run]) -> None:
         if parents:
@@ -192,9 +240,26 @@ class _MlflowStore:
     def log_points(self, run_id: str, points: Iterable[Point]) -> None:
         from mlflow.entities import Metric
 
+        points = list(points)
+        if run_id in self._unsure and len(points) > _FEW:
+            points = self._missing(run_id, points)
         metrics = [Metric(*point) for point in points]
         for first in range(0, len(metrics), _BATCH):
             self._client.log_batch(run_id, metrics=metrics[first : first + _BATCH])
+        self._unsure.discard(run_id)
+
+    def _missing(self, run_id: str, points: Sequence[Point]) -> list[Point]:
+        """Return the points that a run does not have.
+
+        MLflow finds repeated points too, and takes four times as long to do so as to add them.
+        """
+        names = dict.fromkeys(name for name, *_ in points)
+        known = {
+            (metric.key, metric.value, metric.timestamp, metric.step)
+            for name in names
+            for metric in self._client.get_metric_history(run_id, name)
+        }
+        return [point for point in points if point not in known]
 
     def log_files(self, run_id: str, trial: TrialFolder, result: Result) -> None:
         if trial.eval_dir.is_dir():
@@ -220,7 +285,7 @@ class _MlflowStore:
 
     def end_study(self, tracked: Tracked, summary: Mapping[str, float], stopped: bool) -> None:
         parent, study = tracked.parent_run_id, self._study
-        runs = self._search(tracked)
+        runs = self._without_doubles(tracked, self._search(tracked))
         for run in runs:
             if run.info.status == "RUNNING" and run.info.run_id != parent:
                 self._kill(run)
@@ -231,7 +296,10 @@ class _MlflowStore:
                 self._client.log_artifact(parent, str(file))
         if study.report_dir.is_dir():
             self._client.log_artifacts(parent, str(study.report_dir), "report")
-        self.log_points(parent, points_at(int(time.time() * 1000), 0, summary))
+        # with the time of now, so only what changed: an earlier attempt may have sent it
+        shown = next((run.data.metrics for run in runs if run.info.run_id == parent), {})
+        changed = {name: value for name, value in summary.items() if shown.get(name) != value}
+        self.log_points(parent, points_at(int(time.time() * 1000), 0, changed))
         self._client.set_terminated(parent, "KILLED" if stopped else "FINISHED")
 
     def _describe(
@@ -268,19 +336,28 @@ class _MlflowStore:
             self._client.set_tag(run_id, "mlflow.loggedArtifacts", tag)
 
 
-def _make_client(uri: str) -> MlflowClient:
+def _import_mlflow() -> None:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    from mlflow import MlflowClient
+    import mlflow.store.tracking.rest_store
+    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
 
     for logger in ("mlflow", "alembic"):
         logging.getLogger(logger).setLevel(logging.WARNING)
-    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # `Mirror` warns once
+    # `Mirror` warns once; MLflow would add a traceback for every request
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+
+
+def _make_client(uri: str) -> MlflowClient:
+    _import_mlflow()
+    from mlflow import MlflowClient
+
     file = sqlite_file(uri)
     if file is not None and not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         # two sweeps may begin at the same time
-        with FileLock(file.with_name(f"{file.name}.lock")):
+        with FileLock(file.with_name(f"{file.name}.lock"), timeout=60):
             if not file.exists():
                 _make_database(file)
     return MlflowClient(tracking_uri=uri)
