@@ -15,17 +15,6 @@ from tests.faults.tried_attacks import ATTACKED
 from tests.faults.worker_steps import WORKER
 
 CLASSES: tuple[FaultClass, ...] = (
-    *(
-        KILLED,
-        REAL,
-        CRASHED_AT,
-        WORKER,
-        DAMAGE,
-        FAILED_AT,
-        OUTAGES,
-        FUZZ,
-        ATTACKED,
-        MEMORY,
-        FINISHED,
-    ),
+    *(KILLED, REAL, CRASHED_AT, WORKER, DAMAGE, FAILED_AT, OUTAGES, FUZZ, ATTACKED, MEMORY),
+    FINISHED,
 )
