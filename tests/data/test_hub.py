@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -107,6 +108,20 @@ def test_a_model_with_something_missing_is_not_found(cache: Path, files: dict[st
 def test_a_link_to_a_lost_blob_does_not_count(cache: Path) -> None:
     snapshot(cache, "models--o--m", TINY)
     (cache / "models--o--m/blobs/aaaa-model.safetensors").unlink()
+    assert hub.cached_snapshot("o/m", None, "model") is None
+
+
+def test_a_large_file_that_was_changed_does_not_count(cache: Path) -> None:
+    """The cache of huggingface_hub names it by its SHA-256."""
+    folder = snapshot(cache, "models--o--m", TINY)
+    weights = folder / "model.safetensors"
+    content = b"w" * 99
+    blob = weights.resolve().with_name(hashlib.sha256(content).hexdigest())
+    blob.write_bytes(content)
+    weights.unlink()
+    weights.symlink_to(blob)
+    assert hub.cached_snapshot("o/m", None, "model") == folder
+    blob.write_bytes(b"v" + content[1:])
     assert hub.cached_snapshot("o/m", None, "model") is None
 
 

@@ -149,3 +149,14 @@ def test_nothing_but_json_and_safetensors_is_written(tmp_path: Path) -> None:
     folder = tmp_path / "step-00000001"
     assert steps_on_disk(folder) == ["manifest.json", "state.json", "state.safetensors"]
     assert json.loads((folder / "state.json").read_text()) == {"step": 1, "losses": [0.5]}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_no_state_to_resume_from(
+    tmp_path: Path, value: float
+) -> None:
+    save(tmp_path, state(1))
+    bad = state(2)
+    bad.tensors["weight"][3] = value
+    save(tmp_path, bad)
+    assert loaded_step(tmp_path) == 1

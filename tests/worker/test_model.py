@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -349,6 +350,37 @@ def test_a_cached_folder_appears_whole_or_not_at_all(
     assert [p.name for p in cache_dir().iterdir() if p.is_dir()] == []
     assert made_once("thing-1", lambda folder: None) == cache_dir() / "thing-1"
     assert made_once("thing-1", breaks).is_dir()  # not made again
+
+
+@pytest.mark.parametrize("change", ["flip", "delete", "cut the sums"])
+def test_a_cached_folder_that_was_changed_is_made_again(
+    change: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    content = bytes(2**24 + 1)  # so large that its digest is kept
+
+    def make(target: Path) -> None:
+        (target / "weights").write_bytes(content)
+
+    weights = made_once("thing-1", make) / "weights"
+    times = weights.stat()
+    if change == "flip":
+        weights.write_bytes(b"\1" + content[1:])
+        os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+    elif change == "delete":
+        weights.unlink()
+    else:
+        (weights.parent / "SHA256SUMS").write_text("nonsense")
+    assert made_once("thing-1", make) / "weights" == weights
+    assert weights.read_bytes() == content
+
+
+def test_a_cached_folder_of_an_earlier_version_is_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (cache_dir() / "thing-1").mkdir(parents=True)
+    assert made_once("thing-1", lambda folder: pytest.fail("made again")).is_dir()
 
 
 @pytest.mark.slow

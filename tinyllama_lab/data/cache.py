@@ -14,6 +14,7 @@ from filelock import FileLock
 from tinyllama_lab.errors import CacheError
 from tinyllama_lab.study.files import atomic_folder, write_atomic, write_problem
 
+_SUMS = "SHA256SUMS"  # in the format of sha256sum
 _LARGE = 2**24  # bytes; smaller files are hashed as fast as a stored digest is read
 
 TINY_RANDOM = "tiny_random-1"  # names of folders that `made_once` creates
@@ -64,28 +65,45 @@ def check_can_make(name: str) -> None:
 def made_once(name: str, make: Callable[[Path], None]) -> Path:
     """Return the cached folder `name`, after `make` has filled it if it did not exist.
 
-    `make` fills an empty folder. A folder in the cache is complete or absent. A lock makes
-    concurrent processes wait for the first one.
+    `make` fills an empty folder. A folder in the cache is complete or absent, and one whose files
+    were changed since is made again. A lock makes concurrent processes wait for the first one.
 
     Raises:
         CacheError: it does not exist and cannot be created.
     """
     check_can_make(name)
     folder = cache_dir() / name
-    if folder.is_dir():
+    if _is_as_made(folder):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f"{name}.lock")):
-        if not folder.is_dir():  # asked again: the first process may have made it meanwhile
+        if not _is_as_made(folder):  # asked again: the first process may have made it meanwhile
             with atomic_folder(folder) as temporary:
                 make(temporary)
+                files = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
+                sums = [f"{_sha256(path)}  {path.relative_to(temporary)}\n" for path in files]
+                (temporary / _SUMS).write_text("".join(sums), encoding="utf-8")
     return folder
+
+
+def _is_as_made(folder: Path) -> bool:
+    """Return whether a folder exists, and its files are what they were when it was made."""
+    if not folder.is_dir():
+        return False
+    try:
+        lines = (folder / _SUMS).read_text(encoding="utf-8").splitlines()
+        pairs = [line.split("  ", 1) for line in lines]
+        return all(file_digest(folder / name) == digest for digest, name in pairs)
+    except FileNotFoundError as error:  # an earlier version wrote no sums
+        return error.filename == str(folder / _SUMS)
+    except (OSError, ValueError):
+        return False
 
 
 def file_digest(path: Path) -> str:
     """Return the SHA-256 of a file.
 
-    The digest of a large file is stored in the cache with its path, size and modification time.
+    The digest of a large file is stored in the cache with its path and what `stat` says of it.
     """
     facts = path.stat()
     if facts.st_size < _LARGE:
@@ -96,6 +114,8 @@ def file_digest(path: Path) -> str:
         return _sha256(path)
     real_path = str(path.resolve())  # links of the hub's cache lead to one file of content
     identity = {"path": real_path, "size": facts.st_size, "time_ns": facts.st_mtime_ns}
+    # a copy may restore the time of modification, and nothing that of the change
+    identity |= {"change_ns": facts.st_ctime_ns, "inode": facts.st_ino}
     # named by a hash, because a path contains slashes and may be longer than a file name can be
     memo = digests / f"{hashlib.sha256(os.fsencode(real_path)).hexdigest()[:16]}.json"
     try:

@@ -39,6 +39,7 @@ _TEMPLATE_FILES = (
     "tokenizer_config.json",
     "additional_chat_templates/*",
 )
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _silence = ""  # why the hub is not asked, beside the environment; see `cache_only`
 
 
@@ -65,7 +66,15 @@ def cached_snapshot(repo: str, revision: str | None, kind: Kind) -> Path | None:
 
 
 def _is_complete(snapshot: Path, kind: Kind) -> bool:
-    return not missing_files(snapshot, kind) and not _marker(snapshot).exists()
+    is_whole = not missing_files(snapshot, kind) and not _marker(snapshot).exists()
+    return is_whole and _is_unchanged(snapshot)
+
+
+def _is_unchanged(snapshot: Path) -> bool:
+    """Return whether the large files are those of the hub, whose cache names them by SHA-256."""
+    targets = {path.resolve() for path in snapshot.rglob("*") if path.is_symlink()}
+    blobs = [target for target in targets if _SHA256.fullmatch(target.name)]
+    return all(blob.is_file() and file_digest(blob) == blob.name for blob in blobs)
 
 
 def _marker(snapshot: Path) -> Path:

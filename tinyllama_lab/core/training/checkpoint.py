@@ -79,7 +79,10 @@ def _read(folder: Path) -> Checkpoint | None:
         if any(_sha256(folder / name) != manifest[name] for name in _FILES):
             return None
         facts = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        return Checkpoint(facts.pop("step"), load_file(folder / "state.safetensors"), facts)
+        tensors = load_file(folder / "state.safetensors")
+        if not all(torch.isfinite(values).all() for values in tensors.values()):
+            return None
+        return Checkpoint(facts.pop("step"), tensors, facts)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # damaged in some other way: treated like a wrong hash
 
