@@ -15,7 +15,9 @@ SHARE = 0.02
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("fault", [each for each in CLASSES if not each.is_slow], ids=str)
+@pytest.mark.parametrize(
+    "fault", [each for each in CLASSES if not each.is_slow], ids=lambda each: each.name
+)
 def test_nothing_is_lost_doubled_or_silent(fault: FaultClass, tmp_path: Path) -> None:
     seed = random.SystemRandom().randrange(2**31)
     (tmp_path / "whole").mkdir()
