@@ -39,8 +39,16 @@ def printable(text: str) -> str:
 
 
 def without_password(text: str) -> str:
-    """Return the text with the password of every URL replaced by `***`."""
-    return re.sub(r"(://[^/\s:@]*):[^/\s@]+@", r"\1:***@", text)
+    """Return the text with the passwords and tokens in every URL replaced by `***`."""
+    text = re.sub(r"(://[^/\s:@]*):[^/\s@]+@", r"\1:***@", text)
+    return _SECRET.sub(r"\1***", text)
+
+
+# of the query of an address: ...?token=abc
+_SECRET = re.compile(
+    r"([?&][\w.-]*(?:token|password|passwd|pwd|secret|key|signature)[\w.-]*=)[^&#\s'\"]+",
+    re.IGNORECASE,
+)
 
 
 class LabError(Exception):

@@ -17,7 +17,7 @@ from tinyllama_lab.config import CONF_DIR
 from tinyllama_lab.config import schema as config
 from tinyllama_lab.config.schema import NO_CARD, Config, load
 from tinyllama_lab.config.validate import known_keys
-from tinyllama_lab.errors import ConfigError
+from tinyllama_lab.errors import ConfigError, without_password
 from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.study.trial import trial_key
 from tinyllama_lab.sweep.plan import make_plan
@@ -371,3 +371,17 @@ def test_a_search_takes_what_some_of_its_trials_use(tmp_path: Path) -> None:
     typed = ("train.max_steps=null,2", "train.epochs=1.0,2.0")
     outcome = searches.search(tmp_path, FakeWorkers(), *typed, n_trials=4, sampler="grid")
     assert outcome.best
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("http://u:secret@host/x?a=1", "http://u:***@host/x?a=1"),
+        ("https://host/mlflow?token=abc&page=2", "https://host/mlflow?token=***&page=2"),
+        ("https://host?page=2&X-Api-Key=abc#top", "https://host?page=2&X-Api-Key=***#top"),
+        ("postgresql://host/db?user=u&password=p'w", "postgresql://host/db?user=u&password=***'w"),
+        ("sqlite:///a?mode=ro", "sqlite:///a?mode=ro"),
+    ],
+)
+def test_secrets_in_addresses_are_never_shown(address: str, shown: str) -> None:
+    assert without_password(address) == shown
