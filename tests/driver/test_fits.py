@@ -21,7 +21,8 @@ from tinyllama_lab.config.schema import Config, ModelConfig
 from tinyllama_lab.config.targets import LLAMA_MODULES
 from tinyllama_lab.errors import ModelError
 from tinyllama_lab.sweep.settings import fits
-from tinyllama_lab.sweep.settings.fits import adapter_problems, model_weights, module_names
+from tinyllama_lab.sweep.settings.fits import adapter_problems
+from tinyllama_lab.sweep.settings.stored_model import leaf, stored_model
 
 
 def small(**changes: Any) -> Config:
@@ -52,7 +53,8 @@ def test_a_module_that_is_not_there_is_named_with_those_that_are() -> None:
 
 
 def leaves(of: ModelConfig) -> list[str]:
-    return [name.rpartition(".")[2] for name in module_names(model_weights(of) or {})]
+    stored = stored_model(of)
+    return [leaf(name) for name in stored.linear] if stored else []
 
 
 def test_the_modules_of_a_local_model_are_read_from_its_weights(tmp_path: Path) -> None:
@@ -70,7 +72,7 @@ def test_damaged_weights_are_an_error_with_their_name(tmp_path: Path, content: b
     folder = model_folder(tmp_path / "m")
     (folder / "model.safetensors").write_bytes(content)
     with pytest.raises(ModelError, match="model.safetensors must be a safetensors file"):
-        model_weights(model(path=str(folder)))
+        stored_model(model(path=str(folder)))
 
 
 def test_layers_that_take_no_adapter_are_not_among_them(tmp_path: Path) -> None:
@@ -92,7 +94,7 @@ def test_the_modules_of_a_model_in_the_cache_of_the_hub_are_read_too(
 
 
 def test_only_the_worker_knows_the_modules_of_another_model() -> None:
-    assert model_weights(model("hub", repo="owner/name")) is None
+    assert stored_model(model("hub", repo="owner/name")) is None
 
 
 # settings of the two-layer Llama of the tests, with what their sentence says

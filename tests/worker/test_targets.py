@@ -26,7 +26,7 @@ from tinyllama_lab.core.models import lora, targets
 from tinyllama_lab.core.training.pack_check import why_not_packed
 from tinyllama_lab.errors import ModelError
 from tinyllama_lab.sweep.settings.fits import adapter_problems
-from tinyllama_lab.sweep.settings.matching import PLAIN
+from tinyllama_lab.sweep.settings.stored_model import PLAIN
 
 LLAMA = {
     "attention_qv": {"q_proj", "v_proj"},

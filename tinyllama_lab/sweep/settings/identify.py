@@ -23,8 +23,9 @@ from tinyllama_lab.data.splits.splits import Split
 from tinyllama_lab.errors import DataError, LabError, ModelError, TooFewRowsError
 from tinyllama_lab.study.files import exists, user_path
 from tinyllama_lab.study.trial import SHIPPED
-from tinyllama_lab.sweep.settings.fits import adapter_problems, folder_of
+from tinyllama_lab.sweep.settings.fits import adapter_problems
 from tinyllama_lab.sweep.settings.profile import has_cuda
+from tinyllama_lab.sweep.settings.stored_model import folder_of
 from tinyllama_lab.sweep.settings.typed_paths import hub_way
 
 T = TypeVar("T")
