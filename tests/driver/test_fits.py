@@ -134,6 +134,16 @@ UNFIT: list[tuple[dict[str, Any], str]] = [
     ({"targets": "regex:.*k_proj", "init": "pissa", "r": 33}, "self_attn.k_proj with 32; set"),
     ({"init": "eva", "r": 65}, "when lora.init=eva, got 65 and model.layers.0.mlp.gate_proj with"),
     ({"init": "eva", "r": 129, "targets": ["down_proj"]}, "down_proj with 128; set lora.r=128"),
+    (
+        {"modules_to_save": ["model"]},
+        "linear layers outside model, got 'all_linear' and 'all'; random has layers such as "
+        "model.layers.0.mlp.down_proj; set lora.modules_to_save=[]",
+    ),
+    ({"modules_to_save": ["mlp"], "targets": "regex:.*[.]up_proj"}, "outside mlp, got 'regex:."),
+    (
+        {"modules_to_save": ["mlp"], "rank_pattern": {"down_proj": 8}},
+        "got 'down_proj'; adapted are k_proj, o_proj, q_proj, v_proj; set",
+    ),
 ]
 
 
@@ -160,6 +170,8 @@ def test_what_does_not_fit_the_model_is_refused_with_what_does(
         {"targets": "regex:.*[.]1[.].*_proj", "rank_pattern": {"q_proj": 2, "[kv]_proj": 4}},
         {"init": "eva", "r": 64},
         {"init": "eva", "r": 100, "targets": ["down_proj"]},
+        {"init": "eva", "r": 128, "modules_to_save": ["self_attn", "gate_proj", "up_proj"]},
+        {"init": "pissa", "r": 64, "modules_to_save": ["self_attn"]},
     ],
     ids=str,
 )

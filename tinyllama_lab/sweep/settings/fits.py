@@ -107,8 +107,9 @@ def _problem_of_layers(lora: LoraConfig, model: StoredModel) -> str | None:
 
 def _problems_of_weights(lora: LoraConfig, model: StoredModel) -> Iterator[str]:
     """Yield the problems of ranks, biases and whole modules."""
-    weights = model.weights
-    if missing := missing_names(lora.modules_to_save, model.modules):
+    weights, saved = model.weights, lora.modules_to_save
+    # transformers joins and renames modules of others, such as the experts of a mixture
+    if model.is_plain and (missing := missing_names(saved, model.modules)):
         leaves = sorted({leaf(name.rpartition(".")[0]) for name in weights} | {HEAD})
         yield (
             f"lora.modules_to_save must name modules of the model, got {missing[0]}; "
@@ -116,7 +117,13 @@ def _problems_of_weights(lora: LoraConfig, model: StoredModel) -> Iterator[str]:
             f"set lora.modules_to_save=[{_nearest(missing[0], leaves)}]"
         )
     adapted = _adapted(lora, model)
-    if adapted is None:
+    if adapted == [] and saved and model.is_plain:
+        yield (
+            "lora.targets and lora.layers must match linear layers outside "
+            f"{', '.join(saved)}, got {lora.targets!r} and {lora.layers!r}; {model.name} has "
+            f"layers such as {model.linear[0]}; set lora.modules_to_save=[]"
+        )
+    if not adapted:
         return
     if problem := state_space_problem(model.kind, adapted, model.linear, lora.targets):
         yield problem
@@ -150,6 +157,8 @@ def _problem_of_patterns(
 
 def _problem_of_rank(lora: LoraConfig, model: StoredModel, adapted: Sequence[str]) -> str | None:
     """Return the problem of a rank that the weights do not have, or None."""
+    if not model.is_plain:  # a matrix may be no linear layer, such as the router of experts
+        return None
     shapes = {name: model.weights[f"{name}.weight"] for name in adapted}
     if INITIALISATIONS[lora.init].shifts_base and not lora.rank_pattern:
         name = min(adapted, key=lambda each: min(shapes[each]))
@@ -160,7 +169,7 @@ def _problem_of_rank(lora: LoraConfig, model: StoredModel, adapted: Sequence[str
                 "lora.r must be at most the smaller side of every adapted weight when "
                 f"lora.init={lora.init}, got {lora.r} and {name} with {most}; set lora.r={most}"
             )
-    if lora.reads_rows and model.is_plain:
+    if lora.reads_rows:
         # GPT-2 keeps its weights the other way round
         inputs = {name: shape[0 if model.kind == "gpt2" else 1] for name, shape in shapes.items()}
         name = min(adapted, key=inputs.__getitem__)
@@ -174,7 +183,7 @@ def _problem_of_rank(lora: LoraConfig, model: StoredModel, adapted: Sequence[str
 
 
 def _adapted(lora: LoraConfig, model: StoredModel) -> list[str] | None:
-    """Return the names of the adapted modules; None where an expression may choose others."""
+    """Return the names of the adapted modules; None where only the worker knows them."""
     names, targets = model.linear, lora.targets
     if isinstance(targets, str) and (expression := expression_of(targets)) is not None:
         if not model.can_match:
@@ -183,17 +192,22 @@ def _adapted(lora: LoraConfig, model: StoredModel) -> list[str] | None:
     elif targets != "all_linear":
         wanted = targets if isinstance(targets, list) else group_names(targets, names)
         names = [name for name in names if _ends(name, wanted)]
-    names = [name for name in names if not _ends(name, lora.modules_to_save)]
+    names = [name for name in names if not _lies_in(name, lora.modules_to_save)]
     if lora.layers != "all":
         numbers = {name: int(found[1]) for name in names if (found := LAYER.search(name))}
         chosen = layer_numbers(lora.layers, max(numbers.values(), default=0) + 1)
         names = [name for name in names if numbers.get(name) in chosen]
-    return names or None
+    return names
 
 
 def _ends(module: str, names: Sequence[str]) -> bool:
     """Return whether a module's name is one of these, or ends with one after a dot."""
     return any(f".{module}".endswith(f".{name}") for name in names)
+
+
+def _lies_in(module: str, names: Sequence[str]) -> bool:
+    """Return whether a module is one of these, or lies in one."""
+    return any(f".{name}." in f".{module}." for name in names)
 
 
 def _nearest(word: str, known: Sequence[str]) -> str:

@@ -9,6 +9,7 @@ import re
 from functools import lru_cache
 
 from tinyllama_lab.config.limited import limited
+from tinyllama_lab.config.targets import ends_with
 from tinyllama_lab.errors import ModelError
 
 
@@ -34,8 +35,7 @@ def pattern_problem(patterns: tuple[str, ...], adapted: tuple[str, ...]) -> str 
     try:
         with limited("the expressions in lora.rank_pattern", "name modules, such as down_proj"):
             by_name = {
-                name: [p for p in patterns if re.match(rf"(.*\.)?({p})$", name)]
-                for name in adapted
+                name: [p for p in patterns if re.match(ends_with(p), name)] for name in adapted
             }
     except ModelError as error:
         return str(error)
