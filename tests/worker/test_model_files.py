@@ -19,6 +19,7 @@ from tinyllama_lab.core.dataset.chat_template import ChatTemplate
 from tinyllama_lab.core.models import tiny
 from tinyllama_lab.core.models.loading import load_base, read_tokenizer
 from tinyllama_lab.errors import LabError
+from tinyllama_lab.sweep.settings.identify import Identifier
 from tinyllama_lab.sweep.settings.model_files import model_problems
 
 Change = Callable[[Path], Any]
@@ -114,6 +115,9 @@ def test_the_driver_refuses_with_the_words_of_the_worker(name: str, tmp_path: Pa
     of = changed(tmp_path, change)
     (problem,) = model_problems(of.model, of.data)
     assert says.replace("{}", str(of.model.path)) in problem
+    identify = Identifier()
+    identify(of)
+    assert identify.problems == [problem]
     with pytest.raises(LabError) as caught:
         load(of)
     (said,) = caught.value.problems
