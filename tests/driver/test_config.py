@@ -207,6 +207,27 @@ def test_settings_that_contradict_each_other_are_refused(
     assert "set " in problem or "needs quant=nf4" in problem
 
 
+@pytest.mark.parametrize(
+    ("key", "expression", "says"),
+    [
+        ("lora.rank_pattern", "(?i)Q_proj", "global flags not at the start of the expression"),
+        ("lora.rank_pattern", "q_proj)", "unbalanced parenthesis"),
+        ("lora.targets", "q_proj|(?i)K_proj", "global flags not at the start of the expression"),
+        ("lora.targets", "q{99999999999999999999}", "the repetition number is too large"),
+        ("lora.targets", "(" * 3000 + ")" * 3000, "maximum recursion depth exceeded"),
+    ],
+    ids=lambda text: text[:20],
+)
+def test_an_expression_that_peft_cannot_compile_is_refused(
+    key: str, expression: str, says: str
+) -> None:
+    (problem,) = problems(
+        **{key: f"regex:{expression}" if key == "lora.targets" else {expression: 8}}
+    )
+    assert problem.startswith(f"{key} must hold regular expressions of Python, got {expression!r}")
+    assert says in problem and problem.endswith("; a module's name alone is one, such as q_proj")
+
+
 def test_trained_weights_of_the_base_must_be_float32() -> None:
     assert problems(**{"lora.modules_to_save": ["lm_head"]}) == [
         "lora.modules_to_save trains weights of the base, which needs train.precision=fp32, got "

@@ -21,7 +21,8 @@ from tinyllama_lab.config.schema import Config, ModelConfig
 from tinyllama_lab.config.targets import LLAMA_MODULES
 from tinyllama_lab.errors import ModelError
 from tinyllama_lab.sweep.settings import fits
-from tinyllama_lab.sweep.settings.fits import adapter_problems, model_weights, module_names
+from tinyllama_lab.sweep.settings.fits import adapter_problems
+from tinyllama_lab.sweep.settings.stored_model import leaf, stored_model
 
 
 def small(**changes: Any) -> Config:
@@ -52,7 +53,8 @@ def test_a_module_that_is_not_there_is_named_with_those_that_are() -> None:
 
 
 def leaves(of: ModelConfig) -> list[str]:
-    return [name.rpartition(".")[2] for name in module_names(model_weights(of) or {})]
+    stored = stored_model(of)
+    return [leaf(name) for name in stored.linear] if stored else []
 
 
 def test_the_modules_of_a_local_model_are_read_from_its_weights(tmp_path: Path) -> None:
@@ -70,7 +72,7 @@ def test_damaged_weights_are_an_error_with_their_name(tmp_path: Path, content: b
     folder = model_folder(tmp_path / "m")
     (folder / "model.safetensors").write_bytes(content)
     with pytest.raises(ModelError, match="model.safetensors must be a safetensors file"):
-        model_weights(model(path=str(folder)))
+        stored_model(model(path=str(folder)))
 
 
 def test_layers_that_take_no_adapter_are_not_among_them(tmp_path: Path) -> None:
@@ -92,7 +94,7 @@ def test_the_modules_of_a_model_in_the_cache_of_the_hub_are_read_too(
 
 
 def test_only_the_worker_knows_the_modules_of_another_model() -> None:
-    assert model_weights(model("hub", repo="owner/name")) is None
+    assert stored_model(model("hub", repo="owner/name")) is None
 
 
 # settings of the two-layer Llama of the tests, with what their sentence says
@@ -132,6 +134,16 @@ UNFIT: list[tuple[dict[str, Any], str]] = [
     ({"targets": "regex:.*k_proj", "init": "pissa", "r": 33}, "self_attn.k_proj with 32; set"),
     ({"init": "eva", "r": 65}, "when lora.init=eva, got 65 and model.layers.0.mlp.gate_proj with"),
     ({"init": "eva", "r": 129, "targets": ["down_proj"]}, "down_proj with 128; set lora.r=128"),
+    (
+        {"modules_to_save": ["model"]},
+        "linear layers outside model, got 'all_linear' and 'all'; random has layers such as "
+        "model.layers.0.mlp.down_proj; set lora.modules_to_save=[]",
+    ),
+    ({"modules_to_save": ["mlp"], "targets": "regex:.*[.]up_proj"}, "outside mlp, got 'regex:."),
+    (
+        {"modules_to_save": ["mlp"], "rank_pattern": {"down_proj": 8}},
+        "got 'down_proj'; adapted are k_proj, o_proj, q_proj, v_proj; set",
+    ),
 ]
 
 
@@ -158,6 +170,8 @@ def test_what_does_not_fit_the_model_is_refused_with_what_does(
         {"targets": "regex:.*[.]1[.].*_proj", "rank_pattern": {"q_proj": 2, "[kv]_proj": 4}},
         {"init": "eva", "r": 64},
         {"init": "eva", "r": 100, "targets": ["down_proj"]},
+        {"init": "eva", "r": 128, "modules_to_save": ["self_attn", "gate_proj", "up_proj"]},
+        {"init": "pissa", "r": 64, "modules_to_save": ["self_attn"]},
     ],
     ids=str,
 )

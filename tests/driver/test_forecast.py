@@ -61,6 +61,17 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_plan_has_the_notes_of_its_sweep(
+    small: Sequence[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed = ["model=tiny_random", *small, f"sweeps_dir={tmp_path}", "lora.r=4,8", "seeds=2"]
+    late = ["train.max_steps=3", "train.eval_every=9"]
+    show_plan([*typed, *late, "data.style=chat", "data.learn=last", "hardware.device=cpu"])
+    printed = capsys.readouterr().out.splitlines()
+    notes = [line.split()[1] for line in printed if line.startswith("note: ")]
+    assert notes == ["each", "data:", "data.learn=last", "train.eval_every=9"]
+
+
 def test_a_model_without_weights_is_planned_from_its_configuration(
     small: Sequence[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

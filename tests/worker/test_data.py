@@ -153,7 +153,9 @@ def test_a_tokenizer_without_a_template_is_refused(
     settings: Any, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     tokenizer.chat_template = None
-    with pytest.raises(DataError, match="has none; set data.style=instruction_response"):
+    with pytest.raises(
+        DataError, match="got none in this model; set data.style=instruction_response"
+    ):
         encode(CHAT, settings(), tokenizer)
 
 

@@ -26,7 +26,7 @@ from tinyllama_lab.core.models import lora, targets
 from tinyllama_lab.core.training.pack_check import why_not_packed
 from tinyllama_lab.errors import ModelError
 from tinyllama_lab.sweep.settings.fits import adapter_problems
-from tinyllama_lab.sweep.settings.matching import PLAIN
+from tinyllama_lab.sweep.settings.stored_model import PLAIN
 
 LLAMA = {
     "attention_qv": {"q_proj", "v_proj"},
@@ -276,6 +276,12 @@ TRIED: list[dict[str, Any]] = [
     {"rank_pattern": {".*": 8}},
     {"rank_pattern": {"[a-z_]*": 8, ".*2[.].*": 4}},
     {"rank_pattern": {"self_attn": 8}},
+    {"modules_to_save": ["model"]},
+    {"modules_to_save": ["mlp"]},
+    {"modules_to_save": ["mlp"], "rank_pattern": {"down_proj": 8}},
+    {"modules_to_save": ["mlp"], "targets": "mlp"},
+    {"modules_to_save": ["mlp"], "targets": r"regex:.*\.mlp\..*"},
+    {"modules_to_save": ["mlp"], "init": "eva", "r": 32},
 ]
 
 
@@ -295,6 +301,26 @@ def test_the_driver_refuses_from_the_file_what_the_model_itself_refuses(
             assert problems, f"{changes}: {error}"
         else:
             assert problems == [], changes
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "granitemoe", "phimoe"])
+def test_the_driver_refuses_nothing_that_a_mixture_of_experts_takes(
+    name: str, tmp_path: Path
+) -> None:
+    """Its files name every expert, and transformers joins or renames them."""
+    model = decoder(name)
+    model.save_pretrained(tmp_path)
+    loaded = config.load(grid.plain(*grid.SMALL, "model=local", f"model.path={tmp_path}"))
+    of_experts = [{"modules_to_save": [part]} for part in ("experts", "router", "self_attn")]
+    more = [{"targets": "attention"}, {"targets": r"regex:.*\.(gate|q_proj)"}]
+    for changes in (*TRIED, *of_experts, *more):
+        tried = settings(**changes)
+        if problems := adapter_problems(replace(loaded, lora=tried)):
+            try:
+                lora.check(model, tried)
+            except ModelError:
+                continue
+            pytest.fail(f"{changes}: {problems}")
 
 
 @pytest.mark.parametrize("name", DECODERS)

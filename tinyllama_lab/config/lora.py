@@ -7,7 +7,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from tinyllama_lab.config.targets import EXPRESSION, LAYERS, TARGET_GROUPS, expression_of
+from tinyllama_lab.config.targets import (
+    EXPRESSION,
+    LAYERS,
+    TARGET_GROUPS,
+    ends_with,
+    expression_of,
+)
 from tinyllama_lab.config.validate import rule
 from tinyllama_lab.config.variants import FULL, INITIALISATIONS, VARIANTS
 
@@ -62,9 +68,12 @@ class LoraConfig:
                 "lora.layers must be all when lora.targets is an expression, got "
                 f"{self.layers!r}; write the numbers of the layers into the expression"
             )
-        patterns = {"lora.rank_pattern": self.rank_pattern or (), "lora.targets": [expression]}
-        for name, texts in patterns.items():
-            yield from (problem for text in texts if text and (problem := _unusable(name, text)))
+        patterns = [
+            ("lora.rank_pattern", text, ends_with(text)) for text in self.rank_pattern or ()
+        ]
+        if expression:
+            patterns.append(("lora.targets", expression, expression))
+        yield from (problem for each in patterns if (problem := _unusable(*each)))
         yield from self._problems_of_init()
 
     def _problems_of_init(self) -> Iterator[str]:
@@ -190,13 +199,14 @@ def _nearest_layers(word: str) -> str:
     return kind if kind == "all" else f"{kind}_{number[0] if number else 8}"
 
 
-def _unusable(name: str, expression: str) -> str | None:
-    """Return the problem of a regular expression, or None."""
+def _unusable(name: str, typed: str, compiled: str) -> str | None:
+    """Return the problem of a regular expression, or None; PEFT compiles more than was typed."""
     try:
-        re.compile(expression)
-    except re.error as error:
+        re.compile(compiled)
+    except (re.error, OverflowError, RecursionError) as error:
+        reason = getattr(error, "msg", error)  # without the place in what was not typed
         return (
-            f"{name} must hold regular expressions of Python, got {expression!r}: {error}; "
+            f"{name} must hold regular expressions of Python, got {typed!r}: {reason}; "
             "a module's name alone is one, such as q_proj"
         )
     return None

@@ -28,6 +28,11 @@ def expression_of(targets: str) -> str | None:
     return targets.removeprefix(EXPRESSION) if targets.startswith(EXPRESSION) else None
 
 
+def ends_with(pattern: str) -> str:
+    """Return the expression that PEFT makes of a name in `lora.rank_pattern`."""
+    return rf"(.*\.)?({pattern})$"
+
+
 def group_names(group: str, modules: Sequence[str]) -> list[str]:
     """Return the names of a group's modules in a model; empty if it has none.
 

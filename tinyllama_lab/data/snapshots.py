@@ -86,8 +86,7 @@ def adapter_problem(folder: Path) -> str | None:
     path = folder / "adapter_config.json"
     if not path.is_file() or (folder / "config.json").is_file():
         return None
-    settings = _json(path)
-    base = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
+    base = read_settings(path).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         return "got an adapter alone, which does not name its base; take the model it was made for"
     setting = typed("model.path", base) if exists(base) else typed("model.repo", base)
@@ -100,8 +99,7 @@ def adapter_problem(folder: Path) -> str | None:
 
 def fewest_positions(folder: Path) -> int | None:
     """Return the number of positions in `config.json`; None if unknown, or if RoPE is scaled."""
-    config = _json(folder / "config.json")
-    config = config if isinstance(config, dict) else {}
+    config = read_settings(folder / "config.json")
     rope = config.get("rope_parameters")
     if config.get("rope_scaling") or (isinstance(rope, dict) and rope.get("factor")):
         return None  # scaled RoPE takes more positions than the file says
@@ -115,8 +113,7 @@ def chat_template(folder: Path) -> str:
     templates = [
         path.read_text(encoding="utf-8", errors="replace") for path in paths if path.is_file()
     ]
-    settings = _json(folder / "tokenizer_config.json")
-    value = settings.get("chat_template") if isinstance(settings, dict) else None
+    value = read_settings(folder / "tokenizer_config.json").get("chat_template")
     # a string, or a list of objects with a name and a template
     entries = value if isinstance(value, list) else [{"template": value}]
     templates += [str(entry.get("template") or "") for entry in entries if isinstance(entry, dict)]
@@ -138,8 +135,7 @@ def check_task(folder: Path) -> None:
         ModelError: transformers does not know the model, it is quantized, has an adapter next to
             it, or `config.json` names no causal language model.
     """
-    config = _json(folder / "config.json")
-    config = config if isinstance(config, dict) else {}
+    config = read_settings(folder / "config.json")
     check_known(folder, config)
     if "quantization_config" in config:
         raise ModelError(
@@ -176,6 +172,11 @@ def _may_be_causal(name: str, is_encoder_decoder: bool) -> bool:
     return task[0] == "ForCausalLM"
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files of weights that transformers would load; empty if one is missing."""
+    return _weights(folder)[0]
+
+
 def _weights(folder: Path) -> tuple[list[Path], list[str]]:
     """Return the weight files that transformers would load, and what is missing of them.
 
@@ -186,8 +187,7 @@ def _weights(folder: Path) -> tuple[list[Path], list[str]]:
         return [single], []
     index = folder / f"{single.name}.index.json"
     if index.is_file():
-        content = _json(index)
-        shards = content.get("weight_map", {}) if isinstance(content, dict) else {}
+        shards = read_settings(index).get("weight_map", {})
         names = {str(name) for name in shards.values()} if isinstance(shards, dict) else set()
         # a name with a folder in it could lead anywhere
         missing = sorted(n for n in names if "/" in n or not (folder / n).is_file()) or (
@@ -226,8 +226,10 @@ def _gaps(files: list[Path]) -> list[str]:
     ]
 
 
-def _json(path: Path) -> Any:
+def read_settings(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file of a model; empty if it holds none, or cannot be read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError):
-        return None  # the caller says what is missing in it
+        return {}  # the caller says what is missing in it
+    return content if isinstance(content, dict) else {}

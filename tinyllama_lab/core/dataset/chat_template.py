@@ -54,8 +54,8 @@ class ChatTemplate:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, date: str | None = None) -> None:
         if not tokenizer.chat_template:
             raise DataError(
-                "data.style=chat needs a tokenizer with a chat template, and this model has "
-                "none; set data.style=instruction_response"
+                "data.style=chat needs a tokenizer with a chat template, got none in this model; "
+                "set data.style=instruction_response"
             )
         self.tokenizer = tokenizer
         self._day = datetime.date.fromisoformat(date) if date else None

@@ -284,8 +284,8 @@ def _check_template(tokenizer: PreTrainedTokenizerBase, split: Split, data: Data
     is_chat = any(row.messages or row.system or row.tools for row in split.remaining)
     if data.style == "chat" and is_chat and not tokenizer.chat_template:
         raise DataError(
-            "chats, system turns and tools need a tokenizer with a chat template, and this model "
-            "has none; take a model that was made for chats, or save a template with the "
+            "chats, system turns and tools need a tokenizer with a chat template, got none in "
+            "this model; take a model that was made for chats, or save a template with the "
             "tokenizer of this one"
         )
 

@@ -40,6 +40,8 @@ def show_plan(arguments: Sequence[str]) -> int:
         check_command(["-m", *typed])
         plan = plan_of(grid_cells(typed), Path(), weights=False)
         console = Console(width=line_width(), highlight=False)
+        for note in plan.notes:
+            console.print(f"note: {note}", soft_wrap=True, markup=False)
         done = len(plan.trials) - len(plan.todo)
         console.print(
             f"study {plan.study.name}: {counted(len(plan.trials), 'trial')}, {done} done, "

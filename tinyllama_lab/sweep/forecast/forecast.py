@@ -120,7 +120,7 @@ class Forecast:
 
 
 def plan_of(cells: Sequence[Cell], workdir: Path, weights: bool = True) -> Plan:
-    """Return the plan of a grid, for which nothing is downloaded.
+    """Return the plan of a grid with its notes, for which nothing is downloaded.
 
     Args:
         cells: the grid, before seeds and tuning.
@@ -131,9 +131,12 @@ def plan_of(cells: Sequence[Cell], workdir: Path, weights: bool = True) -> Plan:
         ConfigError: with the problems of all cells.
     """
     grid = expand(cells)
-    configs = check_cells(grid.cells, weights=weights)
+    notes = list(grid.notes)
+    configs = check_cells(grid.cells, notes, weights=weights)
     study = StudyFolder(workdir / configs[0].sweeps_dir, configs[0].study)
-    return make_plan(grid.cells, dated_if_here(configs, study), study)
+    plan = make_plan(grid.cells, dated_if_here(configs, study), study)
+    plan.notes = notes + plan.notes
+    return plan
 
 
 def forecast(plan: Plan, process: Forecasting, launcher: str = "local") -> Forecast | None:

@@ -23,8 +23,10 @@ from tinyllama_lab.data.splits.splits import Split
 from tinyllama_lab.errors import DataError, LabError, ModelError, TooFewRowsError
 from tinyllama_lab.study.files import exists, user_path
 from tinyllama_lab.study.trial import SHIPPED
-from tinyllama_lab.sweep.settings.fits import adapter_problems, folder_of
+from tinyllama_lab.sweep.settings.fits import adapter_problems
+from tinyllama_lab.sweep.settings.model_files import model_problems
 from tinyllama_lab.sweep.settings.profile import has_cuda
+from tinyllama_lab.sweep.settings.stored_model import folder_of
 from tinyllama_lab.sweep.settings.typed_paths import hub_way
 
 T = TypeVar("T")
@@ -294,6 +296,7 @@ class Identifier:
         texts = [harness_problem(config)]
         if model:
             texts += [*adapter_problems(config), *length_problems(config)]
+            texts += model_problems(config.model, known.data)
         self.problems += [*hardware_problems(config), *(text for text in texts if text)]
         return known
 

@@ -6,29 +6,11 @@ The worker matches them with the modules themselves, by PEFT's rules, which thes
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from functools import lru_cache
 
-from tinyllama_lab.config.limited import can_limit, limited
+from tinyllama_lab.config.limited import limited
+from tinyllama_lab.config.targets import ends_with
 from tinyllama_lab.errors import ModelError
-
-# architectures whose files name the modules as transformers does; tests compare the two
-PLAIN = (
-    *("gemma2", "gemma3_text", "gpt2", "gpt_neox", "granite", "llama", "mistral", "olmo2"),
-    *("phi3", "qwen2", "qwen3", "smollm3", "stablelm"),
-)
-_INNER = ("model.", "transformer.", "gpt_neox.")  # files without the head lack it
-
-
-def has_module_names(kind: str | None, linear: Sequence[str]) -> bool:
-    """Return whether names in a file are certainly those of modules, and can be matched here.
-
-    Args:
-        kind: `model_type` of the model's configuration.
-        linear: names of its linear layers in the file.
-    """
-    is_whole = bool(linear) and all(name.startswith(_INNER) for name in linear)
-    return kind in PLAIN and is_whole and can_limit()
 
 
 @lru_cache(maxsize=64)
@@ -53,8 +35,7 @@ def pattern_problem(patterns: tuple[str, ...], adapted: tuple[str, ...]) -> str 
     try:
         with limited("the expressions in lora.rank_pattern", "name modules, such as down_proj"):
             by_name = {
-                name: [p for p in patterns if re.match(rf"(.*\.)?({p})$", name)]
-                for name in adapted
+                name: [p for p in patterns if re.match(ends_with(p), name)] for name in adapted
             }
     except ModelError as error:
         return str(error)
