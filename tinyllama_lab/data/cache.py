@@ -95,7 +95,7 @@ def _is_as_made(folder: Path) -> bool:
         pairs = [line.split("  ", 1) for line in lines]
         return all(file_digest(folder / name) == digest for digest, name in pairs)
     except FileNotFoundError as error:  # an earlier version wrote no sums
-        return error.filename == str(folder / _SUMS)
+        return str(error.filename) == str(folder / _SUMS)
     except (OSError, ValueError):
         return False
 
