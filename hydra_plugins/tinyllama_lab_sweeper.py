@@ -10,6 +10,8 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
+from hydra_plugins.tinyllama_lab_launchers import SweepLauncher
+
 
 class GridSweeper(BasicSweeper):
     """Hydra's own sweeper, which expands a grid, without its check of every cell.
@@ -19,7 +21,9 @@ class GridSweeper(BasicSweeper):
     """
 
     def validate_batch_is_legal(self, batch: Any) -> None:
-        """Leave the check to the launcher."""
+        """Leave the check to our launcher; programs with another one keep Hydra's."""
+        if not isinstance(self.launcher, SweepLauncher):
+            super().validate_batch_is_legal(batch)
 
 
 class OptunaSweeper(Sweeper):

@@ -91,6 +91,7 @@ def context_of(base: Base) -> WorkerContext:
         keep_dequantized=False,
         checkpoint_every_s=600.0,
         max_attempts=1,
+        silence_s=60.0,
         card=NO_CARD,
     )
     data: Any = None  # rows come from the benchmark

@@ -149,3 +149,20 @@ def test_a_trial_whose_configuration_is_lost_is_listed(tmp_path: Path) -> None:
     assert study.trials() == [trial]
     trial.config_file.mkdir()
     assert study.trials() == [trial]
+    other = {"model": {"name": "x"}, "data": {"name": "y"}, "lora": {}, "seed": 0}
+    config = {**other, "quant": {}, "train": {}, "eval": {"rows": "heldout"}}
+    assert study.trial(config, "new").folder.name.startswith("new-")  # no traceback
+
+
+def test_a_file_that_cannot_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial = ended(tmp_path)
+    (trial.folder / integrity.MEMO).unlink()
+
+    def broken(path: Path, size: int, signature: object) -> str:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(integrity, "_kept_sha256", broken)
+    result, why = trial.read_result()
+    assert result is None and why is not None and "cannot be read ([Errno 5]" in why

@@ -401,5 +401,5 @@ def test_a_tokenizer_of_another_model_ends_a_sweep_with_both_numbers(tmp_path: P
     small = [text for text in grid.SMALL if not text.startswith("model=")]
     typed = (*small, "model=local", "model.path=m", "tracking=none", "study=t")
     ended = command(tmp_path, *typed)
-    assert ended.code == 1 and "Traceback" not in ended.error + ended.out
-    assert "got 300 tokens and an embedding of 260 rows" in ended.out
+    assert ended.code == 2 and "Traceback" not in ended.error + ended.out
+    assert "got 300 tokens and an embedding of 260 rows" in ended.error

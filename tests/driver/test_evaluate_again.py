@@ -410,6 +410,8 @@ def test_trials_that_cannot_be_scored_are_refused(
     with pytest.raises(StudyError, match=r"no finished trial of s has lora.r=9; there are: r="):
         command("lora.r=9", "eval.generations=2")
     trial, _ = packed(studied)
+    with pytest.raises(ConfigError, match="retry=outdated trains trials anew, and evaluate"):
+        command("retry=outdated", "eval.generations=2")
     shutil.rmtree(trial.adapter_dir)
     with pytest.raises(StudyError, match=r"adapter.* is missing: this trial cannot be scored"):
         command("lora.r=2", "lora.variant=lora", "eval.generations=2")

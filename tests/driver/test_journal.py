@@ -12,7 +12,7 @@ from optuna.storages.journal import JournalFileBackend
 
 from tinyllama_lab.errors import StudyError
 from tinyllama_lab.study.study import StudyFolder
-from tinyllama_lab.sweep.search.journal import Journal
+from tinyllama_lab.sweep.search.journal import LOG_LINES, Journal, count_lines
 
 
 def search(study: StudyFolder, n_trials: int = 3) -> list[float]:
@@ -68,6 +68,34 @@ def test_lines_that_were_removed_or_moved_are_noticed(study: StudyFolder, change
     lines = study.optuna_file.read_bytes().splitlines(keepends=True)
     study.optuna_file.write_bytes(b"".join(change(lines)))
     with pytest.raises(StudyError, match="got a damaged line"):
+        Journal(study)
+
+
+def test_notes_that_optunas_dashboard_appends_are_no_damage(study: StudyFolder) -> None:
+    values = search(study)
+    storage = optuna.storages.JournalStorage(JournalFileBackend(str(study.optuna_file)))
+    theirs = optuna.load_study(study_name="s", storage=storage)
+    theirs.set_user_attr("dashboard", "a note")
+    storage.set_study_system_attr(theirs._study_id, "note", "another")
+    assert search(study)[:3] == values
+    theirs.set_user_attr("dashboard", "a third one")
+    assert len(search(study)) == 9 and search(study, n_trials=0)[:3] == values
+
+
+def test_a_log_that_was_deleted_may_be_shorter_from_then_on(study: StudyFolder) -> None:
+    search(study, n_trials=5)
+    study.write_record(study.search_file, {LOG_LINES: count_lines(study)})
+    study.optuna_file.unlink()
+    assert len(search(study, n_trials=1)) == 1  # and then its driver is killed
+    assert len(search(study, n_trials=1)) == 2
+
+
+def test_a_log_that_lost_its_end_is_refused(study: StudyFolder) -> None:
+    search(study, n_trials=5)
+    study.write_record(study.search_file, {LOG_LINES: count_lines(study)})
+    lines = study.optuna_file.read_bytes().splitlines(keepends=True)
+    study.optuna_file.write_bytes(b"".join(lines[:-3]))
+    with pytest.raises(StudyError, match=r"got \d+ of at least \d+ lines; delete it"):
         Journal(study)
 
 

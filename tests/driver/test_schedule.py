@@ -207,6 +207,7 @@ def test_a_worker_without_a_sign_of_life_is_named_and_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(schedule, "POLL_S", 0.01)
+    monkeypatch.setattr(schedule, "SILENCE_AT_FIRST", 100)  # only of one that never beats
     plan = grid.plan(tmp_path, *GRID, "hardware.silence_s=0.3")
     workers = FakeWorkers({plan.trials[2].trial.key: ["hang"]})
     said = run(plan, workers)

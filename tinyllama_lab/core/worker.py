@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # imports torch, so later: the driver first sees that the wor
 
 logger = logging.getLogger(__name__)
 BEAT_EVERY_S = 1.0
+ASKED_BEFORE_TRAINING = 1  # times that a worker looks for a signal before it trains
 IDLE_S = 1e-3  # of computing in that time, of which this thread alone needs a tenth
 
 
@@ -176,11 +177,14 @@ class StopFlag:
 def _beat(pack: Pack, stopped: StopFlag) -> None:
     """Write a heartbeat every second in which the worker computed, or looked for a signal.
 
-    It does neither while it is stopped, waits for a lock for ever, or for a broken disk.
+    It does neither while it is stopped, waits for a lock for ever, or for a broken disk. Until it
+    trains it may also wait for a hub, which is no reason to replace it.
     """
     computed_s, asked = 0.0, -1
     while True:
-        if time.process_time() - computed_s > IDLE_S or stopped.asked != asked:
+        is_loading = stopped.asked <= ASKED_BEFORE_TRAINING
+        is_busy = time.process_time() - computed_s > IDLE_S or stopped.asked != asked
+        if is_loading or is_busy:
             computed_s, asked = time.process_time(), stopped.asked
             with contextlib.suppress(OSError):  # a beat that is lost is silence
                 pack.beat()

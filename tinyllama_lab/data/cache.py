@@ -7,7 +7,9 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
@@ -116,6 +118,13 @@ def file_digest(path: Path) -> str:
     identity = {"path": real_path, "size": facts.st_size, "time_ns": facts.st_mtime_ns}
     # a copy may restore the time of modification, and nothing that of the change
     identity |= {"change_ns": facts.st_ctime_ns, "inode": facts.st_ino}
+    return _kept_digest(real_path, tuple(identity.items()), digests)
+
+
+@lru_cache(maxsize=4096)  # a command asks for one file many times
+def _kept_digest(real_path: str, facts: tuple[tuple[str, Any], ...], digests: Path) -> str:
+    """Return the SHA-256 of a file, from the cache if nothing of it has changed."""
+    identity = dict(facts)
     # named by a hash, because a path contains slashes and may be longer than a file name can be
     memo = digests / f"{hashlib.sha256(os.fsencode(real_path)).hexdigest()[:16]}.json"
     try:
@@ -125,7 +134,7 @@ def file_digest(path: Path) -> str:
             return digest
     except (OSError, ValueError, KeyError, AttributeError):
         pass  # not stored yet, or damaged: read the file
-    digest = _sha256(path)
+    digest = _sha256(Path(real_path))
     with contextlib.suppress(OSError):  # only a shortcut for the next time
         write_atomic(memo, json.dumps({**identity, "sha256": digest}))
     return digest

@@ -67,12 +67,14 @@ def cached_snapshot(repo: str, revision: str | None, kind: Kind) -> Path | None:
 
 def _is_complete(snapshot: Path, kind: Kind) -> bool:
     is_whole = not missing_files(snapshot, kind) and not _marker(snapshot).exists()
-    return is_whole and _is_unchanged(snapshot)
+    return is_whole and _is_unchanged(snapshot, kind)
 
 
-def _is_unchanged(snapshot: Path) -> bool:
+def _is_unchanged(snapshot: Path, kind: Kind) -> bool:
     """Return whether the large files are those of the hub, whose cache names them by SHA-256."""
-    targets = {path.resolve() for path in snapshot.rglob("*") if path.is_symlink()}
+    links = [path for path in snapshot.rglob("*") if path.is_symlink()]
+    names = _wanted([path.relative_to(snapshot).as_posix() for path in links], kind)
+    targets = {(snapshot / name).resolve() for name in names}
     blobs = [target for target in targets if _SHA256.fullmatch(target.name)]
     return all(blob.is_file() and file_digest(blob) == blob.name for blob in blobs)
 

@@ -309,7 +309,7 @@ def _misnamed(study: StudyFolder, _changed_ns: int) -> dict[str, list[TrialFolde
     `_changed_ns` is the folder's modification time: it makes the cache forget an old listing.
     """
     misnamed: dict[str, list[TrialFolder]] = {}
-    for trial in study.trials():
+    for trial in (each for each in study.trials() if each.config_file.is_file()):
         key = _key_of_content(trial.config_file, trial.config_file.stat().st_mtime_ns)
         if key != trial.key:
             misnamed.setdefault(key, []).append(trial)

@@ -22,7 +22,7 @@ from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.study.trial import EVAL, SCIENCE, TrialFolder
 from tinyllama_lab.sweep.check import composed, problems_of_settings, typed_values
 from tinyllama_lab.sweep.execution.slots import check_runs_here
-from tinyllama_lab.sweep.plan import Plan, Planned, add_trial
+from tinyllama_lab.sweep.plan import OUTDATED, Plan, Planned, add_trial
 from tinyllama_lab.sweep.run import (
     Session,
     all_ended_well,
@@ -223,6 +223,11 @@ def plan_scoring(
     profile = f"scoring again with {' '.join(request.typed)}"
     plan = Plan(study, request.common, [trial.key for trial in trials], swept, profile)
     problems: dict[str, None] = {}
+    if request.common.retry == OUTDATED:
+        problems[
+            f"retry={OUTDATED} trains trials anew, and evaluate trains nothing; leave it out, or "
+            "type it with the command of the study"
+        ] = None
     for trial, name in trials.items():
         settings = trial.read_config()
         wanted = {**settings, EVAL: {**settings[EVAL], **request.settings}}

@@ -301,14 +301,14 @@ def make_plan(cells: Sequence[Cell], configs: Sequence[Config], study: StudyFold
         if trial.key not in known:
             known.add(trial.key)
             _add(plan, plan_trial(cell, science, trial, swept))
-    plan.notes += [*_outdated_note(plan), *_late_checks(plan.todo)]
+    plan.notes += [*outdated_note(plan.results, bool(plan.todo)), *_late_checks(plan.todo)]
     return plan
 
 
-def _outdated_note(plan: Plan) -> list[str]:
-    """Return a note on results of another version, beside which new ones will stand."""
-    versions = [numerics_of(result) for result in plan.results.values() if is_outdated(result)]
-    if not versions or not plan.todo:
+def outdated_note(results: Mapping[str, Result], more: bool) -> list[str]:
+    """Return a note on results of another version, if more will stand beside them."""
+    versions = [numerics_of(result) for result in results.values() if is_outdated(result)]
+    if not versions or not more:
         return []
     trials = "1 trial was" if len(versions) == 1 else f"{len(versions)} trials were"
     return [

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tinyllama_lab import NUMERICS
 from tinyllama_lab.config.schema import Science, TrainConfig
 from tinyllama_lab.core.dataset.dataset import Example, fingerprint
 from tinyllama_lab.core.engines.base import Adapter, WorkItem
@@ -217,6 +218,7 @@ class AdapterTrainer:
             "examples": self._fingerprint,
             "optimizer": {} if self.is_done else self._optimizer.numbers(),
             "heldout": self.heldout.facts(),
+            "numerics": NUMERICS,
         }
         snapshot = Checkpoint(self.progress.step, tensors, facts)
         checkpoint.save(self.trial.checkpoint_dir, snapshot)
@@ -245,6 +247,8 @@ class AdapterTrainer:
         """Return how a checkpoint differs from this training, or an empty string."""
         if stored.facts["progress"]["dtype"] != self.progress.dtype:
             return "another precision"
+        if stored.facts.get("numerics", 1) != NUMERICS:
+            return "an earlier version of this project"
         same_examples = stored.facts.get("examples", self._fingerprint) == self._fingerprint
         return "" if same_examples else "other training data"
 

@@ -30,6 +30,11 @@ class Silence:
     _beat: int | None = None
     _looked_at: float = field(default_factory=time.monotonic)
 
+    @property
+    def has_beaten(self) -> bool:
+        """Whether there was a heartbeat at all."""
+        return self._beat is not None
+
     def look(self, beat: int | None) -> None:
         """Count the time since the last look, unless there was a heartbeat."""
         now = time.monotonic()

@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # its imports take half a second, which a command without wor
 
 POLL_S = 0.2  # between two looks at the workers
 SYNC_EVERY_S = 2.0  # between two batches of metrics of one worker
+SILENCE_AT_FIRST = 5  # times `hardware.silence_s`, before the first sign of life
 STOP_PATIENCE_S = 4.0  # for a worker to save its trials, before it is killed
 
 
@@ -126,7 +127,7 @@ class Scheduler:
         if planned.is_outdated:
             planned.trial.result_file.unlink(missing_ok=True)
             if result is not None and is_outdated(result):
-                base.result_file.unlink()
+                base.result_file.unlink(missing_ok=True)
                 result = None
         if why:
             self._display.say(f"note: {why}; the base is scored again")
@@ -184,6 +185,8 @@ class Scheduler:
     def _responds(self, running: Running) -> bool:
         """Return whether a worker gives signs of life; it is ended if it does not."""
         silence, allowed_s = running.silence(), self._plan.config.hardware.silence_s
+        if not silence.has_beaten:  # imports from a cold disk may take long
+            allowed_s *= SILENCE_AT_FIRST
         limit_s = allowed_s + silence.longest_s
         if silence.seconds > limit_s / 2 and not silence.is_named:
             silence.is_named = True

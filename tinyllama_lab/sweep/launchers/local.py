@@ -107,8 +107,10 @@ class LocalWorkers:
 class _Ahead:
     """A worker process that waits for its pack."""
 
-    def __init__(self, process: subprocess.Popen[bytes], output: IO[bytes]) -> None:
-        self.process = process
+    def __init__(
+        self, process: subprocess.Popen[bytes], output: IO[bytes], lifeline: Lifeline
+    ) -> None:
+        self.process, self._lifeline = process, lifeline
         self._output = output  # of the process, until it has a pack
 
     @classmethod
@@ -116,7 +118,7 @@ class _Ahead:
         """Start it; None if that is not possible, because nothing depends on it."""
         try:
             output = tempfile.TemporaryFile()
-            return cls(_start(lifeline, [], subprocess.PIPE, output), output)
+            return cls(_start(lifeline, [], subprocess.PIPE, output), output, lifeline)
         except OSError:
             return None
 
@@ -144,6 +146,7 @@ class _Ahead:
         """Kill the process."""
         self.process.kill()
         self.process.communicate()
+        self._lifeline.release(self.process.pid)
         self._output.close()
 
 

@@ -17,6 +17,8 @@ from tinyllama_lab.study.files import no_link, open_file
 from tinyllama_lab.study.study import StudyFolder
 
 LOG_LINES = "log_lines"  # in `search.json`
+# Optuna's operations that only annotate studies and trials; its dashboard appends them for notes
+_ANNOTATIONS = (2, 3, 8, 9)
 _NUMBER, _CHECKSUM = "number", "crc"
 
 
@@ -35,6 +37,16 @@ def _least_lines(study: StudyFolder) -> int:
         return 0
 
 
+def _forget_lines(study: StudyFolder) -> None:
+    """Forget how many lines a log had that was deleted; a new one begins."""
+    try:
+        record = study.read_record(study.search_file)
+    except (FileNotFoundError, StudyError):
+        return
+    if record.pop(LOG_LINES, 0):
+        study.write_record(study.search_file, record)
+
+
 class Journal:
     """A journal backend of Optuna; the lock of the study leaves one driver as its writer."""
 
@@ -48,9 +60,11 @@ class Journal:
         study.optuna_lock_file.unlink(missing_ok=True)  # of Optuna's backend, in earlier versions
         study.folder.mkdir(parents=True, exist_ok=True)
         self._logs: list[dict[str, Any]] = []
-        self._is_numbered = False  # whether the last line is
-        if not os.path.lexists(self._file):
-            return  # of a new search, or deleted: then the trials' results are taken
+        self._own = 0  # lines that this project has written
+        self._is_numbered = False  # whether the last of them is
+        if not os.path.lexists(self._file):  # of a new search, or deleted
+            _forget_lines(study)
+            return
         try:
             with open_file(self._file) as file:
                 drop_cut_line(self._file)
@@ -68,12 +82,13 @@ class Journal:
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Append operations, and wait until they are on the disk."""
         with open(self._file, "ab", opener=no_link) as file:
-            for number, log in enumerate(logs, start=len(self._logs)):
+            for number, log in enumerate(logs, start=self._own):
                 numbered = {**log, _NUMBER: number}
                 line = json.dumps({**numbered, _CHECKSUM: checksum(numbered)})
                 file.write(line.encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
+        self._own += len(logs)
         self._logs += json.loads(json.dumps(logs))  # as they will be read
 
     def _parse(self, line: bytes) -> dict[str, Any]:
@@ -85,14 +100,16 @@ class Journal:
         try:
             log: dict[str, Any] = json.loads(line)
             known = log.pop(_CHECKSUM, None)
+            if known is None and _NUMBER not in log and log["op_code"] in _ANNOTATIONS:
+                return log
             # lines of earlier versions have neither, and come first
             is_earlier = known is None and not self._is_numbered and _NUMBER not in log
-            is_whole = known == checksum(log) and log.pop(_NUMBER) == len(self._logs)
+            is_whole = known == checksum(log) and log.pop(_NUMBER) == self._own
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             is_earlier = is_whole = False
         if not (is_earlier or is_whole):
             raise self._damaged(f"a damaged line {len(self._logs) + 1}")
-        self._is_numbered = is_whole
+        self._own, self._is_numbered = self._own + 1, is_whole
         return log
 
     def _damaged(self, what: str) -> StudyError:

@@ -21,7 +21,7 @@ from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.study.trial import EVAL, NEUTRAL, SCIENCE
 from tinyllama_lab.sweep.deploying import deploy_recommended
 from tinyllama_lab.sweep.execution.slots import check_runs_here
-from tinyllama_lab.sweep.plan import GUESSED_ROWS, Plan
+from tinyllama_lab.sweep.plan import GUESSED_ROWS, OUTDATED, Plan, outdated_note
 from tinyllama_lab.sweep.run import (
     Session,
     add_confirmation,
@@ -82,6 +82,10 @@ def run_search(
     session, identify = Session.begin(launcher, workdir), Identifier()
     checked = partial(_checked, compose, identify)
     space, settings, goals, first = check_search(typed, node, checked, compose, launcher)
+    if first.retry == OUTDATED:
+        raise ConfigError(
+            [f"retry={OUTDATED} is for grids: a search rests on the trials it has; leave it out"]
+        )
     study = StudyFolder(workdir / first.sweeps_dir, first.study)
     with session.locked(study):
         (first,), checked = dated([first], study), partial(_dated, checked, study)
@@ -92,6 +96,7 @@ def run_search(
         ask_tell.command = _shown_command([*hydra_overrides, *typed])
         # only now: the trials that `AskTell` resumes may have added to the notes of `identify`
         plan.notes = identify.notes + plan.notes
+        plan.notes += outdated_note(plan.results, bool(ask_tell.left))
         outcome = _finish(plan, session, ask_tell, settings.storage)
     deploy_recommended(first, study, session.console, session.say)
     return outcome

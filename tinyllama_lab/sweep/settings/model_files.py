@@ -105,13 +105,10 @@ def _problem_of_template(folder: Path, data: DataConfig) -> str | None:
         return None
     if chat_template(folder):
         return None
-    if columns.messages or columns.system or columns.tools:
-        return (
-            "chats, system turns and tools need a tokenizer with a chat template, got none in "
-            f"{folder}; take a model that was made for chats, or save a template with the "
-            "tokenizer of this one"
-        )
+    if not (columns.messages or columns.system or columns.tools):
+        return None  # prompts may be texts, which need none, or chats: the worker reads them
     return (
-        f"data.style=chat needs a tokenizer with a chat template, got none in {folder}; "
-        "set data.style=instruction_response"
+        "chats, system turns and tools need a tokenizer with a chat template, got none in "
+        f"{folder}; take a model that was made for chats, or save a template with the "
+        "tokenizer of this one"
     )
