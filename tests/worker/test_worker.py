@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 from tests.packs import after, result, weights
+from tinyllama_lab.core import worker
 from tinyllama_lab.core.worker import run_pack
 from tinyllama_lab.study.events import read_events
 from tinyllama_lab.study.pack import BaseSettings, Exit, Pack, Task, Work
@@ -226,3 +228,28 @@ def test_threads_of_a_worker_do_not_spin_unless_the_user_says_so(
     ended = subprocess.run(command, env=plain | typed, capture_output=True, text=True)
     # the library reads them when it is loaded, so before torch is imported
     assert ended.stdout.strip() == f"{expected} False", ended.stderr
+
+
+def test_a_worker_gives_signs_of_life_while_it_loads_computes_or_looks_for_a_signal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "BEAT_EVERY_S", 0.01)
+    monkeypatch.setattr(worker, "IDLE_S", 1e9)  # as if it never computed
+    monkeypatch.setattr(worker.signal, "signal", lambda number, handler: None)
+    pack, flag = Pack(tmp_path), worker.StopFlag()
+    threading.Thread(target=worker._beat, args=(pack, flag), daemon=True).start()
+
+    def beats() -> bool:
+        before, deadline = pack.last_beat(), time.monotonic() + 0.5
+        while pack.last_beat() == before and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return pack.last_beat() != before
+
+    assert beats() and beats()  # it may wait for a hub
+    flag()
+    assert beats() and beats()
+    flag.asked = 9
+    beats()
+    assert not beats()  # it trains no more, and waits for nothing
+    flag()
+    assert beats()
