@@ -151,6 +151,7 @@ def test_the_readme_is_short_apart_from_the_demo_screen() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=str)
 def test_sentences_are_short(page: Path) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
+    text = re.sub(r"<!-- counted -->.*?<!-- end -->", "", text, flags=re.DOTALL)  # generated
     long = [sentence for sentence in sentences(text) if len(words(sentence)) > LONGEST_SENTENCE]
     assert page in LONG_WINDED or long == []
 
