@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.fault import lives
 from tinyllama_lab.sweep.launchers import lifeline
 from tinyllama_lab.sweep.launchers.lifeline import Lifeline
 
@@ -44,15 +45,6 @@ def start(*arguments: str) -> tuple[subprocess.Popen[str], list[int]]:
     driver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     assert driver.stdout is not None
     return driver, [int(word) for word in driver.stdout.readline().split()]
-
-
-def lives(pid: int) -> bool:
-    """Return whether a process runs; one that nobody has waited for does not."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state not in "ZX"
 
 
 def gone(pids: list[int]) -> bool:

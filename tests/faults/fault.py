@@ -9,6 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 
+def lives(pid: int) -> bool:
+    """Return whether a process runs; one that nobody has waited for does not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"
+
+
 @dataclass
 class Count:
     """What happened, by outcome; `wrong` holds a sentence for each that must not happen."""

@@ -20,7 +20,7 @@ from pathlib import Path
 from rich.console import Console
 
 from tests import fake_worker, grid
-from tests.faults.fault import Count, Draw, FaultClass
+from tests.faults.fault import Count, Draw, FaultClass, lives
 from tinyllama_lab.study.events import read_events
 from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.study.trial import State
@@ -124,14 +124,6 @@ def inject(root: Path, driver: int, dice: random.Random) -> tuple[str, float]:
     while any(map(lives, found)) and time.monotonic() - began < 2 * ORPHANS_END_WITHIN_S:
         time.sleep(0.02)
     return what, time.monotonic() - began
-
-
-def lives(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state not in "ZX"
 
 
 def one_sweep(root: Path, faults: int, seed: int) -> Count:

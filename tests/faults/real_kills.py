@@ -18,8 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.faults.damage import ROOT, TINY, sweep
-from tests.faults.fault import Count, Draw, FaultClass
-from tests.faults.kills import ORPHANS_END_WITHIN_S, WHOM, hit, lives
+from tests.faults.fault import Count, Draw, FaultClass, lives
+from tests.faults.kills import ORPHANS_END_WITHIN_S, WHOM, hit
 from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.study.trial import State
 

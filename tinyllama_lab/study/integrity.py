@@ -35,13 +35,12 @@ def record_files(
         growing: files to which more will be appended.
     """
     records: dict[str, FileRecord] = {}
-    for path in sorted(path for path in paths if path.is_file()):
+    grows = dict.fromkeys(paths, False) | dict.fromkeys(growing, True)
+    for path in sorted(path for path in grows if path.is_file()):
         size = path.stat().st_size
-        records[str(path.relative_to(folder))] = {"bytes": size, "sha256": _sha256(path, size)}
-    for path in (path for path in growing if path.is_file()):
-        size = path.stat().st_size
-        record = {"bytes": size, "sha256": _sha256(path, size), GROWS: True}
-        records[str(path.relative_to(folder))] = record
+        record = {"bytes": size, "sha256": _sha256(path, size)}
+        name = str(path.relative_to(folder))
+        records[name] = record | {GROWS: True} if grows[path] else record
     _remember(folder, {name: _signature(folder / name) for name in records})
     return records
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -301,20 +301,21 @@ def make_plan(cells: Sequence[Cell], configs: Sequence[Config], study: StudyFold
         if trial.key not in known:
             known.add(trial.key)
             _add(plan, plan_trial(cell, science, trial, swept))
-    plan.notes += [*outdated_note(plan.results, bool(plan.todo)), *_late_checks(plan.todo)]
+    remedy = f"; retry={OUTDATED} trains them anew"
+    plan.notes += [note + remedy for note in outdated_note(plan.results.values(), plan.todo)]
+    plan.notes += _late_checks(plan.todo)
     return plan
 
 
-def outdated_note(results: Mapping[str, Result], more: bool) -> list[str]:
-    """Return a note on results of another version, if more will stand beside them."""
-    versions = [numerics_of(result) for result in results.values() if is_outdated(result)]
+def outdated_note(results: Iterable[Result], more: object) -> list[str]:
+    """Return a note on results of another version, if there will be `more` beside them."""
+    versions = [numerics_of(result) for result in results if is_outdated(result)]
     if not versions or not more:
         return []
     trials = "1 trial was" if len(versions) == 1 else f"{len(versions)} trials were"
     return [
         f"{trials} trained by an earlier version of this project, whose losses may differ a "
-        f"little (numerics {', '.join(map(str, sorted(set(versions))))}, now {NUMERICS}); "
-        f"retry={OUTDATED} trains them anew"
+        f"little (numerics {', '.join(map(str, sorted(set(versions))))}, now {NUMERICS})"
     ]
 
 

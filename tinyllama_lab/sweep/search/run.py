@@ -96,7 +96,8 @@ def run_search(
         ask_tell.command = _shown_command([*hydra_overrides, *typed])
         # only now: the trials that `AskTell` resumes may have added to the notes of `identify`
         plan.notes = identify.notes + plan.notes
-        plan.notes += outdated_note(plan.results, bool(ask_tell.left))
+        results = [trial.read_result()[0] for trial in study.trials()]
+        plan.notes += outdated_note(filter(None, results), ask_tell.left)
         outcome = _finish(plan, session, ask_tell, settings.storage)
     deploy_recommended(first, study, session.console, session.say)
     return outcome
