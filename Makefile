@@ -67,7 +67,7 @@ bench:  ## Measure against the peers: make bench ARGS="--quick"
 	  || $(PIP) -e '.[bench]'
 	$(RUN) -m benchmarks.sweep --json sweeps/benchmark.json $(ARGS)
 
-faults: $(READY)  ## Kill, damage and starve sweeps, and count what became of them: 15 minutes
+faults: $(READY)  ## Kill, damage and starve sweeps, and count what became of them: half an hour
 	$(RUN) -m tests.faults $(ARGS)
 
 gpu-check: $(READY)  ## Check correctness, memory and speed on a CUDA GPU, in 9 minutes

@@ -439,3 +439,20 @@ def test_another_objective_ranks_them_with_a_note(
     typed, wanted = ("data.style=chat,instruction_response", "lora.r=2,4"), "size/adapter_mib"
     search(tmp_path, StreamWorkers(), *typed, objective=wanted, n_trials=2, sampler="random")
     assert "note: data.style is swept, which changes the held-out tok" in capsys.readouterr().out
+
+
+def test_a_search_names_trials_of_other_numerics_and_refuses_to_train_them_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    search(tmp_path, StreamWorkers(), n_trials=2)
+    trial = trials(tmp_path)[0]
+    result, _ = trial.read_result()
+    assert result is not None
+    result.environment = {"numerics": 1}
+    trial.commit(result)
+    capsys.readouterr()
+    search(tmp_path, StreamWorkers(), n_trials=3)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "1 trial was trained by an earlier version" in said and "retry=" not in said
+    with pytest.raises(ConfigError, match="retry=outdated is for grids"):
+        search(tmp_path, StreamWorkers(), *SPACE, "retry=outdated", n_trials=3)
